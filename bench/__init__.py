@@ -1,0 +1,1 @@
+"""Benchmarks, and the small models they run on."""

@@ -1,0 +1,111 @@
+"""`python -m bench.round`: where a round's time goes, on a random-weight model of Qwen3-0.6B's shape.
+
+Whole jobs through launcher, coordinator and ranks, so that nothing is left out: every part is measured by the ranks
+themselves, and "rest" is what of the job's wall time no part accounts for. A model of random weights tells what a round
+costs, and nothing about acceptance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+        "intermediate_size": 512, "vocab_size": 4096, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+OVERHEAD = ("draft", "decide", "exchange", "coordinate", "rest")
+
+
+def make_model(directory: Path, shape: str) -> None:
+    """A Qwen3 model of random bfloat16 weights with the demo's tokenizer beside it."""
+    import shutil
+
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**SHAPES[shape], max_position_embeddings=2048, dtype="bfloat16")
+    torch.set_default_dtype(torch.bfloat16)
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "configs/demo/target" / name, directory)
+
+
+def write_prompts(path: Path, count: int, length: int, new_tokens: int) -> None:
+    """Prompts of random token ids, greedy, end tokens ignored."""
+    with path.open("w") as file:
+        for number in range(count):
+            body = {
+                "prompt": [random.Random(number).randrange(1, 4000) for _ in range(length)],
+                "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True,
+            }  # fmt: skip
+            line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+
+
+def run_job(model: Path, prompts: Path, ranks: int, merge: str, batch: int, drafts: int) -> dict[str, Any]:
+    """The summary of one job."""
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {
+            "model.target": model, "engine.max_num_seqs": batch, "engine.max_model_len": 1024,
+            "speculation.num_speculative_tokens": drafts, "coordination.merge": merge, "engine.device": "cpu",
+        }  # fmt: skip
+        command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(ranks), "launcher/main.py"]
+        command += ["--input", str(prompts), "--output", f"{scratch}/out.jsonl", "--summary", f"{scratch}/summary.json"]
+        command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        summary: dict[str, Any] = json.loads(Path(f"{scratch}/summary.json").read_text())
+        return summary
+
+
+def rows(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """(part, milliseconds a round, share of the round)."""
+    parts = dict(summary["seconds_by_part"])
+    parts["rest"] = summary["seconds"] - sum(parts.values())
+    for name in ("forward", *OVERHEAD):
+        yield name, 1000 * parts[name] / summary["rounds"], parts[name] / summary["seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--drafts", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    given = parser.parse_args()
+    print(f"{given.shape}, batch {given.batch}, k {given.drafts}, {os.cpu_count()} cores, {platform.machine()}\n")
+    print("| ranks | merge | part | ms a round | share |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        model, prompts = Path(scratch) / "model", Path(scratch) / "prompts.jsonl"
+        make_model(model, given.shape)
+        write_prompts(prompts, given.batch, 64, given.new_tokens)
+        for ranks in given.ranks:
+            for merge in ("group", "coordinator"):
+                summary = run_job(model, prompts, ranks, merge, given.batch, given.drafts)
+                shares = {name: share for name, _, share in rows(summary)}
+                for name, milliseconds, share in rows(summary):
+                    print(f"| {ranks} | {merge} | {name} | {milliseconds:.2f} | {share:.1%} |")
+                total = 1000 * summary["seconds"] / summary["rounds"]
+                overhead = sum(shares[name] for name in OVERHEAD)
+                print(f"| {ranks} | {merge} | **outside the model** | {overhead * total:.2f} of {total:.2f} | {overhead:.1%} |")
+
+
+if __name__ == "__main__":
+    main()

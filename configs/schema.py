@@ -1,0 +1,149 @@
+"""The configuration of a run: every key, its meaning, its bounds.
+
+A configuration is frozen once read, an unknown key is refused with the nearest known one, and a value that does not fit
+names its key and what was expected. `configs.load` reads it from YAML; this module knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: Any) -> Any:
+    """`"1.5GiB"` -> 1610612736; numbers pass through. Raises ValueError with the units that are known."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError(f"expected a number of bytes such as 512MiB or 40GiB, got {value!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, with no room for keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The target (verifier): whose output the user asked for."""
+
+    target: str = Field(description="directory of a Hugging Face model (config.json, safetensors, tokenizer)")
+    quantization: Literal["int4", "none"] = Field("int4", description="how the linear weights are held")
+    group_size: Literal[32, 64, 128] = Field(128, description="weights that share one scale, along the input dimension")
+    symmetric: bool = Field(True, description="false gives every group a zero point of its own")
+    activations: Literal["auto", "16bit", "int8"] = Field(
+        "auto",
+        description="what int4 weights are multiplied with; int8 is rounded on the fly, a scale per row and group; "
+        "auto is int8 on a CPU and 16bit on a GPU",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="of activations, cache and unquantised weights; auto takes the checkpoint's"
+    )
+
+
+class SpeculationConfig(Section):
+    """Who proposes tokens, and how many."""
+
+    method: Literal["ngram", "suffix", "model", "none"] = Field(
+        "ngram", description="drafts come from the sequence itself, from all text of the job, from a small model, or not at all"
+    )
+    model: str | None = Field(None, description="directory of the draft model, for method: model")
+    num_speculative_tokens: Annotated[int, Field(ge=0, le=32)] = Field(5, description="k: drafts per sequence and round")
+    prompt_lookup_min: Positive = Field(1, description="shortest match that ngram and suffix draft from, in tokens")
+    prompt_lookup_max: Positive = Field(4, description="longest match looked for, in tokens")
+
+    @model_validator(mode="after")
+    def check(self) -> SpeculationConfig:
+        if self.method == "model" and self.model is None:
+            raise ValueError("method: model needs speculation.model, the directory of a draft model")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError("prompt_lookup_min is larger than prompt_lookup_max")
+        return self
+
+    @property
+    def width(self) -> int:
+        """The most tokens one round drafts for one sequence."""
+        return 0 if self.method == "none" else self.num_speculative_tokens
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: N ranks make N / tensor groups, each with a whole copy of the target."""
+
+    tensor: Positive | None = Field(None, description="ranks of a group; by default all ranks make one group")
+
+
+class EngineConfig(Section):
+    """What one group may use, and how wide a round may be."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    max_num_seqs: Positive = Field(16, description="sequences that run at once in a group")
+    max_num_batched_tokens: Positive = Field(512, description="tokens one round computes at most, over all sequences")
+    max_model_len: Positive | None = Field(None, description="prompt and output together; by default the model's own limit")
+    kv_cache_memory: Bytes | None = Field(
+        None, description="bytes of a rank's KV cache (target and draft); by default what max_num_seqs full sequences need, "
+        "within half of the free memory"
+    )
+    block_size: Literal[8, 16, 32, 64, 128] = Field(16, description="tokens of a KV cache block")
+    threads: Positive | None = Field(None, description="CPU threads of a rank; by default the cores shared evenly")
+
+
+class CoordinationConfig(Section):
+    """How decisions are merged, and how long anyone waits for anyone."""
+
+    merge: Literal["group", "coordinator"] = Field("group", description="where a group's verdicts become a decision")
+    lease: Positive = Field(4, description="rounds a plan lasts under merge: group")
+    endpoint: str | None = Field(
+        None, description="ZeroMQ address of the coordinator, tcp://HOST:PORT; by default a free local one"
+    )
+    curve: str | None = Field(
+        None, description="directory of CURVE keys (`python -m workers.keys DIR`); needed by any endpoint that is not local"
+    )
+    heartbeat: Annotated[float, Field(gt=0)] = Field(1.0, description="seconds between signs of life")
+    timeout: Annotated[float, Field(gt=0)] = Field(20.0, description="seconds of silence after which a peer counts as dead")
+    startup_timeout: Annotated[float, Field(gt=0)] = Field(600.0, description="seconds until every rank has loaded its model")
+
+    @model_validator(mode="after")
+    def check(self) -> CoordinationConfig:
+        if self.timeout <= 2 * self.heartbeat:
+            raise ValueError("timeout must be more than two heartbeats, or a late one looks like a death")
+        return self
+
+
+class FilesConfig(Section):
+    """Where requests come from and results go; the command line's --input, --output and --summary win."""
+
+    input: str | None = Field(None, description="requests, a batch file of JSON lines")
+    output: str | None = Field(None, description="results, and the journal to resume from")
+    summary: str | None = Field(None, description="the numbers of the run, as JSON")
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    speculation: SpeculationConfig = SpeculationConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    coordination: CoordinationConfig = CoordinationConfig()
+    files: FilesConfig = FilesConfig()
+    seed: int = Field(0, description="of requests that bring none; mixed with their custom_id")
+
+    @model_validator(mode="after")
+    def check(self) -> RunConfig:
+        round_rows = self.speculation.width + 1
+        if self.engine.max_num_batched_tokens < round_rows:
+            raise ValueError(
+                f"engine.max_num_batched_tokens must be at least num_speculative_tokens + 1 = {round_rows}, "
+                "or no sequence could ever be checked"
+            )
+        return self

@@ -1,0 +1,161 @@
+"""What a line of a batch file may say: the envelope around a request and the two endpoints' bodies.
+
+The format is OpenAI's batch input, the parameters' names and defaults are vLLM's. A parameter lives in one of two
+places: as a field of a body, where it means something, or in `NEUTRAL`, where it is known but only the value that
+changes nothing is accepted. Whoever implements one deletes it from `NEUTRAL` and adds the field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Given = Annotated[str, Field(min_length=1)]
+Limit = Annotated[int, Field(ge=1, le=2**31 - 1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
+Tokens = "a whole number from 1 to 2147483647"
+
+
+class Strict(BaseModel):
+    """Frozen, with no unknown keys and no conversions; a field's description says what is expected of its value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Envelope(Strict):
+    """What stands around a body."""
+
+    custom_id: Given = Field(description="a string, not empty")
+    method: Literal["POST"] = Field(description='"POST"')
+    url: Literal["/v1/completions", "/v1/chat/completions"] = Field(description='"/v1/completions" or "/v1/chat/completions"')
+    body: dict[str, Any] = Field(description="an object")
+
+
+class TextPart(Strict):
+    """A piece of a message's content."""
+
+    type: Literal["text"] = Field(description='"text"')
+    text: str = Field(description="a string")
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Given = Field(description="a string, not empty")
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
+        description='a string or a list of {"type": "text", "text": ...}'
+    )
+    name: str | None = Field(None, description="a string")
+
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates take it: text parts joined by newlines, as vLLM joins them."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text, **named}
+
+
+class Body(Strict):
+    """What both endpoints share. A parameter that is null is a parameter that is not given."""
+
+    model: str | None = Field(None, description="a string")
+    user: str | None = Field(None, description="a string")
+    metadata: dict[str, Any] | None = Field(None, description="an object")
+    max_tokens: Limit | None = Field(None, description=Tokens)
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="a number from 0 to 2")
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
+        None, description="a whole number from -2^63 to 2^63 - 1"
+    )
+    stop: Given | Annotated[list[Given], Field(max_length=16, fail_fast=True)] | None = Field(
+        None, description="a string or a list of up to 16 strings, none empty"
+    )
+    stop_token_ids: TokenIds | None = Field(None, description="a list of token ids")
+    ignore_eos: bool | None = Field(None, description="true or false")
+    stream: Literal[False] | None = Field(None, description="false (a batch is not streamed)")
+
+    @property
+    def limit(self) -> int | None:
+        """Output tokens asked for, if any were."""
+        return self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionBody(Body):
+    """`/v1/completions`: text or token ids to be continued."""
+
+    prompt: Given | Annotated[TokenIds, Field(min_length=1)] = Field(description="a string or a list of token ids, not empty")
+
+
+class ChatBody(Body):
+    """`/v1/chat/completions`: messages to be answered."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] = Field(
+        description="a list of {role, content} objects, not empty"
+    )
+    max_completion_tokens: Limit | None = Field(None, description=Tokens)
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+BODIES: dict[str, type[CompletionBody] | type[ChatBody]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+}
+
+# What is known and not supported yet, with the values (besides null) that change nothing.
+BOTH: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+    "echo": (False,),
+    "stream_options": (),
+    "structured_outputs": (),
+    "response_format": ({"type": "text"},),
+    "priority": (0,),
+}
+NEUTRAL: dict[type[CompletionBody] | type[ChatBody], dict[str, tuple[Any, ...]]] = {
+    CompletionBody: {
+        **BOTH,
+        "logprobs": (),
+        "best_of": (1,),
+        "suffix": ("",),
+        "add_special_tokens": (True,),
+    },
+    ChatBody: {
+        **BOTH,
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "parallel_tool_calls": (True, False),
+        "reasoning_effort": (),
+        "modalities": (["text"],),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+    },
+}

@@ -1,0 +1,175 @@
+"""The coordinator's process: requests from a file, plans to the ranks, results to the journal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs import exits
+from configs.schema import RunConfig
+from launcher.batch import BadRequest, Call, InputError, Scan, parse, scan
+from launcher.encoder import Encoder, TokenizerError, load_tokenizer
+from launcher.journal import Journal, JournalError
+from launcher.progress import Progress
+from launcher.results import error_row, row
+from launcher.summary import PARTS, Summary, SummaryError
+from runtime.coordinator import Action, Coordinator, Finished, Refused
+from runtime.group import Limits
+from runtime.messages import Failure, Stop
+from runtime.request import Request
+from workers.shell import Shell
+from workers.transport import Server
+
+
+def fingerprint(config: RunConfig) -> str:
+    """What the text of a result depends on beside its request; results of two fingerprints don't mix in one output."""
+    model = config.model.model_dump() | {"target": Path(config.model.target).resolve().name}
+    return json.dumps(model | {"seed": config.seed, "max_model_len": config.engine.max_model_len}, sort_keys=True)
+
+
+def limits(config: RunConfig) -> Limits:
+    """How plans are made: a lease of rounds with the next one sent ahead, or a round at a time."""
+    in_group = config.coordination.merge == "group"
+    return Limits(
+        max_num_seqs=config.engine.max_num_seqs,
+        block_size=config.engine.block_size,
+        width=config.speculation.width,
+        rounds=config.coordination.lease if in_group else 1,
+        ahead=1 if in_group else 0,
+    )
+
+
+class Job:
+    """Feeds requests to the machine and keeps what comes out of it."""
+
+    def __init__(self, config: RunConfig, input_: Scan, journal: Journal, machine: Coordinator, tokenizer: Any) -> None:
+        self.config, self.input, self.journal, self.machine = config, input_, journal, machine
+        self.tokenizer = tokenizer
+        self.output_tokens = self.prompt_tokens = 0
+        self.started: float | None = None
+        self.progress = Progress(len(input_), journal.resumed)
+        self._calls: dict[int, Call] = {}
+        self._name = Path(config.model.target).name
+
+    def requests(self) -> Iterator[Request]:
+        """What is still to be done, in order; a line that can't be run becomes an error row at once."""
+        self.started = time.monotonic()
+        facts = next(iter(self.machine.hellos.values()))
+        encoder = Encoder(self.tokenizer, facts.max_model_len, facts.vocab_size, self.config.seed)
+        todo = (index for index in range(len(self.input)) if not self.journal.done(index))
+        for index, raw in self.input.lines(todo):
+            try:
+                call = parse(index, raw)
+                request = encoder.encode(call)
+            except BadRequest as error:
+                self.journal.append([error_row(index, error.custom_id, error.code, error.message)])
+                continue
+            self._calls[index] = call
+            yield request
+
+    def keep(self, outcomes: list[Action]) -> None:
+        """Makes outcomes last, then shows them."""
+        rows = []
+        for outcome in outcomes:
+            if isinstance(outcome, Finished):
+                completion = outcome.completion
+                rows.append(row(self._calls.pop(completion.index), completion, self._name, int(time.time())))
+                self.output_tokens += len(completion.tokens)
+                self.prompt_tokens += completion.num_prompt_tokens
+            elif isinstance(outcome, Refused):
+                call = self._calls.pop(outcome.index)
+                rows.append(error_row(outcome.index, call.custom_id, "capacity_exceeded", outcome.reason))
+        self.journal.append(rows)
+        done = len(self.input) - self.journal.remaining
+        self.progress.update(done=done, tokens=self.output_tokens, failed=self.journal.failed, stats=self.machine.stats)
+
+    def summary(self) -> Summary:
+        """The run so far."""
+        farewells = self.machine.farewells.values()
+        seconds = {part: sum(f.seconds.get(part, 0.0) for f in farewells) / max(1, len(farewells)) for part in PARTS}
+        return Summary(
+            requests=len(self.input),
+            failed=self.journal.failed,
+            resumed=self.journal.resumed,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            seconds=0.0 if self.started is None else time.monotonic() - self.started,
+            rounds=self.machine.num_rounds,
+            stats=self.machine.stats,
+            seconds_by_part=seconds,
+            peak_memory_bytes={f.rank: f.peak_memory for f in farewells},
+        )
+
+
+def coordinate(config: RunConfig, groups: list[tuple[int, ...]], endpoint: str) -> int:
+    """Runs a job from file to file. Returns the exit code; every rank gets the same one."""
+    machine = Coordinator(groups=groups, limits=limits(config), decode=lambda tokens: "")
+    with Server(endpoint, config.coordination.curve) as server:
+        shell = Shell(machine, server, config.coordination)
+        terminated = Failure(-1, exits.TERMINATED, "the coordinator was told to stop")
+        signal.signal(signal.SIGTERM, lambda *_: shell.interrupt(terminated))
+        try:
+            job = prepare(config, machine)
+        except (InputError, JournalError, TokenizerError) as error:
+            print(f"quasar: {error}", file=sys.stderr, flush=True)
+            break_off(shell, machine, exits.REFUSED, error)
+            return exits.REFUSED
+        with job.journal, job.progress:
+            try:
+                shell.run(job.requests(), job.keep)
+            except (InputError, JournalError) as error:
+                break_off(shell, machine, exits.INCOMPLETE, error)
+        return finish(config, job)
+
+
+def break_off(shell: Shell, machine: Coordinator, code: int, error: Exception) -> None:
+    """Ends the job for a cause outside of the ranks, and lets them know."""
+    machine.stop = Stop(code, str(error))
+    shell.run(iter(()), lambda outcomes: None)
+
+
+def prepare(config: RunConfig, machine: Coordinator) -> Job:
+    """Checks input and output before any work. Raises InputError, JournalError, TokenizerError."""
+    if config.files.input is None or config.files.output is None:
+        raise InputError("no input or no output: give --input and --output, or files.input and files.output")
+    tokens = scan(config.files.input)
+    Path(config.files.output).parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal.open(config.files.output, tokens, fingerprint(config))
+    tokenizer = load_tokenizer(config.model.target)
+    machine.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Job(config, tokens, journal, machine, tokenizer)
+
+
+def finish(config: RunConfig, job: Job) -> int:
+    """Writes the summary, says why a job ended early, and gives the exit code."""
+    stop = job.machine.stop
+    code = stop.code if stop is not None else 1
+    if stop is not None and code != 0:
+        print(f"quasar: {stop.reason}; start the same command again to finish the rest", file=sys.stderr, flush=True)
+    if code == 0 and job.journal.remaining:
+        print(f"quasar: {job.journal.remaining} requests have no result", file=sys.stderr, flush=True)
+        code = exits.INCOMPLETE
+    if config.files.summary is not None:
+        try:
+            job.summary().write(config.files.summary)
+        except SummaryError as error:
+            print(f"quasar: {error}", file=sys.stderr, flush=True)
+            return code or exits.REFUSED
+    return code
+
+
+def die_with_parent() -> None:
+    """Asks Linux for SIGTERM when the process that started this one dies, so that a coordinator is never left behind."""
+    import ctypes
+
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,42 @@
+"""The blocks of a paged KV cache: which are free, which belong to whom."""
+
+from __future__ import annotations
+
+
+class OutOfBlocks(Exception):
+    """More blocks were asked for than are free."""
+
+
+class BlockPool:
+    """Hands out the numbers 0 .. `size` - 1, each to one owner at a time."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._free = list(range(size - 1, -1, -1))  # a stack whose top is the smallest number, at first
+        self._held = [False] * size
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks. Raises OutOfBlocks, taking none."""
+        if count > len(self._free):
+            raise OutOfBlocks(f"{count} blocks asked for, {len(self._free)} of {self.size} are free")
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._held[block] = True
+        return blocks
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Frees blocks. Raises ValueError for one that is free already."""
+        for block in blocks:
+            if not self._held[block]:
+                raise ValueError(f"block {block} was given back twice")
+            self._held[block] = False
+            self._free.append(block)
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold this many tokens."""
+    return -(-tokens // block_size)

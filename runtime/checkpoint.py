@@ -1,0 +1,174 @@
+"""A model directory: its safetensors files, read slice by slice, and its small JSON files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from runtime.shard import Span
+
+INDEX = "model.safetensors.index.json"
+SAMPLE = 64  # bytes of each tensor that count for the digest
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class ModelError(RuntimeError):
+    """A model directory cannot be used; the message names the file or tensor and says what to do."""
+
+
+class Checkpoint:
+    """The tensors of a model directory by name.
+
+    Opening it reads the headers only: `shapes` and `dtypes` (keys of DTYPES, or others) are known, and torn or absent
+    files found, before the first weight is read. Raises ModelError.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._where: dict[str, Path] = {}
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+        self._digest = hashlib.sha256()
+        if not self.directory.is_dir():
+            raise ModelError(f"{self.directory} is no directory; model.target names a downloaded Hugging Face model")
+        for name in ("config.json", INDEX):
+            if (self.directory / name).exists():
+                self._digest.update((self.directory / name).read_bytes())
+        promised = self._promised()
+        for path in sorted(set(promised.values())) or self._single():
+            self._read_header(path)
+        for name, path in promised.items():
+            if self._where.get(name) != path:
+                raise ModelError(f"{self.directory / INDEX} says that {name} is in {path.name}, which has none; {AGAIN}")
+
+    @property
+    def digest(self) -> str:
+        """Hex; the same for the same model: config, names, shapes, and some bytes of every tensor."""
+        return self._digest.hexdigest()
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
+        """Raises ModelError unless exactly these tensors are here in these shapes; `ignored` names may be here too."""
+        missing = sorted(set(expected) - set(self.shapes))
+        if missing:
+            raise ModelError(
+                f"{self.directory} lacks {_some(missing)}, which its config.json asks for: the two don't belong "
+                f"together, or the download is incomplete; {AGAIN}"
+            )
+        extra = sorted(set(self.shapes) - set(expected) - set(ignored))
+        if extra:
+            raise ModelError(
+                f"{self.directory} has {_some(extra)}, which the architecture of its config.json doesn't know: a "
+                "quantised or adapted checkpoint, or another model's config; use the plain 16-bit checkpoint"
+            )
+        for name, shape in expected.items():
+            if self.shapes[name] != tuple(shape):
+                raise ModelError(
+                    f"{name} in {self._where[name]} is {list(self.shapes[name])}, its config.json makes it "
+                    f"{list(shape)}: the two don't belong together; {AGAIN}"
+                )
+            if self.dtypes[name] not in DTYPES:
+                raise ModelError(f"{name} in {self._where[name]} is {self.dtypes[name]}; use the plain 16-bit checkpoint")
+
+    def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        """A tensor, or the named rows and columns of it, on the CPU in the file's dtype. Raises ModelError."""
+        path = self._where[name]
+        try:
+            if path not in self._open:
+                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            if rows is None and columns is None:
+                whole: Tensor = self._open[path].get_tensor(name)
+                return whole
+            picked = self._open[path].get_slice(name)
+            first = slice(None) if rows is None else slice(*rows)
+            part: Tensor = picked[first] if columns is None else picked[first, slice(*columns)]
+            return part
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{name} cannot be read from {path}: {error}; {AGAIN}") from error
+
+    def close(self) -> None:
+        self._stack.close()
+        self._open.clear()
+
+    def _single(self) -> list[Path]:
+        path = self.directory / "model.safetensors"
+        if not path.exists():
+            raise ModelError(
+                f"{self.directory} has neither model.safetensors nor {INDEX}; use a checkpoint in safetensors format"
+            )
+        return [path]
+
+    def _promised(self) -> dict[str, Path]:
+        """What the index says: the file of each tensor. Empty without an index."""
+        path = self.directory / INDEX
+        if not path.exists():
+            return {}
+        try:
+            names = json.loads(path.read_text())["weight_map"]
+            promised = {name: self.directory / file for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} is not an index of safetensors files ({error}); {AGAIN}") from error
+        for file in sorted(set(promised.values())):
+            if file.parent != self.directory:
+                raise ModelError(f"{path} names {file}, outside the model's directory")
+            if not file.exists():
+                raise ModelError(f"{file}, which {path.name} names, is not there; {AGAIN}")
+        return promised
+
+    def _read_header(self, path: Path) -> None:
+        """Takes in what a file says of its tensors, and checks that it is as long as that needs."""
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                size = path.stat().st_size
+                if not 2 <= length <= min(size - 8, 1 << 30):
+                    raise ValueError("its header is cut off")
+                raw = file.read(length)
+                header = json.loads(raw)
+                header.pop("__metadata__", None)
+                self._digest.update(raw)
+                end = max((about["data_offsets"][1] for about in header.values()), default=0)
+                if size != 8 + length + end:
+                    raise ValueError(f"it has {size} bytes, its header speaks of {8 + length + end}")
+                for name, about in header.items():
+                    if name in self._where:
+                        raise ValueError(f"{name} is also in {self._where[name].name}")
+                    self._where[name] = path
+                    self.shapes[name] = tuple(about["shape"])
+                    self.dtypes[name] = about["dtype"]
+                    first, last = about["data_offsets"]
+                    file.seek(8 + length + (first + last) // 2)
+                    self._digest.update(file.read(min(SAMPLE, last - (first + last) // 2)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} cannot be used: {error}; {AGAIN}") from error
+
+
+AGAIN = "download the model again"
+
+
+def read_json(directory: str | Path, name: str) -> dict[str, Any]:
+    """A JSON object of the directory, {} if there is no such file. Raises ModelError if it is something else."""
+    path = Path(directory) / name
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is no JSON object")
+    return content
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,87 @@
+"""What proposes tokens, and the two that look for them in text that is already there."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Protocol
+
+from runtime.drafting.match import MatchIndex
+from runtime.scheduler import Work
+from runtime.sequence import Sequence
+
+REMEMBERED = 2**22  # tokens of finished sequences that the suffix drafter keeps at least, and twice that at most
+
+
+class Drafter(Protocol):
+    """Proposes tokens for the sequences it is asked about; whatever it proposes, the output is the same."""
+
+    def propose(self, works: list[Work]) -> list[list[int]]:
+        """At most `num_drafts` tokens for each work, to follow its sequence's committed tokens."""
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence left its slot: finished, or put back to be computed again later."""
+
+
+class NoDrafter:
+    """Proposes nothing: plain decoding."""
+
+    def propose(self, works: list[Work]) -> list[list[int]]:
+        return [[] for _ in works]
+
+    def release(self, sequence: Sequence) -> None:
+        pass
+
+
+class NgramDrafter:
+    """Prompt lookup (Saxena, 2023): what followed the latest, longest earlier occurrence of a sequence's last tokens."""
+
+    def __init__(self, shortest: int, longest: int) -> None:
+        self._shortest = shortest
+        self._longest = longest
+        self._own: dict[int, MatchIndex] = {}
+
+    def propose(self, works: list[Work]) -> list[list[int]]:
+        drafts = []
+        for work in works:
+            index = self._index(work.sequence)
+            end, length = index.find(index.tokens)
+            drafts.append(index.copy(end, work.num_drafts) if length else [])
+        return drafts
+
+    def release(self, sequence: Sequence) -> None:
+        self._own.pop(sequence.slot, None)
+
+    def _index(self, sequence: Sequence) -> MatchIndex:
+        """The sequence's own index, brought up to its committed tokens."""
+        index = self._own.setdefault(sequence.slot, MatchIndex(self._shortest, self._longest))
+        index.extend(sequence.tokens[len(index.tokens) :])
+        return index
+
+
+class SuffixDrafter(NgramDrafter):
+    """Prompt lookup in the sequence itself and in everything this job has finished (SuffixDecoding's idea, Oliaro 2024).
+
+    The longer match wins, the sequence's own on ties. Memory is bounded by two generations of finished text: when the
+    younger is full, the older is forgotten.
+    """
+
+    def __init__(self, shortest: int, longest: int, remembered: int = REMEMBERED) -> None:
+        super().__init__(shortest, longest)
+        self._remembered = remembered
+        self._generations = [MatchIndex(shortest, longest)]
+
+    def propose(self, works: list[Work]) -> list[list[int]]:
+        drafts = []
+        for work in works:
+            own = self._index(work.sequence)
+            context: array[int] = own.tokens
+            matches = [(index.find(context), index) for index in (own, *self._generations)]
+            (end, length), index = max(matches, key=lambda match: match[0][1])
+            drafts.append(index.copy(end, work.num_drafts) if length else [])
+        return drafts
+
+    def release(self, sequence: Sequence) -> None:
+        super().release(sequence)
+        if len(self._generations[0].tokens) >= self._remembered:
+            self._generations = [MatchIndex(self._shortest, self._longest), self._generations[0]]
+        self._generations[0].extend([*sequence.tokens, -1])  # -1 is no token: matches end at the seam

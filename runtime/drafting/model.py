@@ -1,0 +1,74 @@
+"""Drafting with a small model: a whole replica on every rank, for the sequences which that rank drafts for."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.batch import Batch, Piece
+from runtime.kv_cache import KVCache
+from runtime.model import Model
+from runtime.sampling import local_best
+from runtime.scheduler import Work
+from runtime.sequence import Sequence
+
+
+class ModelDrafter:
+    """Proposes a chain of tokens by the target's own rule: the same noise at the same position, the small model's logits.
+
+    With shared noise a draft equals the target's token with probability (1 - TV) / (1 + TV) or more, TV being the total
+    variation between the two models' distributions (Daliri, Musco and Suresh, 2024). The replica's cache is paged by the
+    target's own block tables, so it needs no bookkeeping of its own but how far it has computed.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, budget: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._budget = budget
+        self._computed: dict[int, int] = {}
+
+    def propose(self, works: list[Work]) -> list[list[int]]:
+        chains: list[list[int]] = [[] for _ in works]
+        active = [i for i, work in enumerate(works) if work.num_drafts > 0]
+        self._catch_up([works[i].sequence for i in active])
+        while active:
+            pieces = []
+            for i in active:
+                sequence, chain = works[i].sequence, chains[i]
+                start = sequence.num_committed + len(chain) - 1 if chain else self._start(sequence)
+                pieces.append(Piece(chain[-1:] or sequence.tokens[start:], start, sequence.blocks, 1))
+            batch = Batch.build(pieces, self._cache.block_size, self._cache.device)
+            for i, token in zip(active, self._sample([works[i].sequence for i in active], pieces, batch), strict=True):
+                chains[i].append(token)
+            active = [i for i in active if len(chains[i]) < works[i].num_drafts]
+        for work, chain in zip(works, chains, strict=True):
+            if chain:
+                # All but the last draft are in the cache; those that will not stand are overwritten.
+                self._computed[work.sequence.slot] = work.sequence.num_committed + len(chain) - 1
+        return chains
+
+    def release(self, sequence: Sequence) -> None:
+        self._computed.pop(sequence.slot, None)
+
+    def _start(self, sequence: Sequence) -> int:
+        """Leading tokens that are rightly in the replica's cache: at least the last committed one is to be computed."""
+        return min(self._computed.get(sequence.slot, 0), sequence.num_committed - 1)
+
+    def _catch_up(self, sequences: list[Sequence]) -> None:
+        """Computes pending tokens in chunks within the budget until one forward can hold the rest of all sequences."""
+        most = max(1, self._budget // max(1, len(sequences)))
+        for sequence in sequences:
+            start = self._start(sequence)
+            while sequence.num_committed - start > most:
+                chunk = min(self._budget, sequence.num_committed - start - 1)
+                piece = Piece(sequence.tokens[start : start + chunk], start, sequence.blocks, 0)
+                self._model.forward(Batch.build([piece], self._cache.block_size, self._cache.device), self._cache)
+                start += chunk
+            self._computed[sequence.slot] = start
+
+    def _sample(self, sequences: list[Sequence], pieces: list[Piece], batch: Batch) -> list[int]:
+        logits = self._model.forward(batch, self._cache)
+        device = logits.device
+        temperatures = torch.tensor([s.temperature for s in sequences], dtype=torch.float32, device=device)
+        seeds = torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device)
+        positions = torch.tensor([p.start + len(p.tokens) for p in pieces], dtype=torch.int64, device=device)
+        return [int(token) for token in local_best(logits, temperatures, seeds, positions, 0)[1]]

@@ -1,0 +1,141 @@
+"""One rank's rounds: draft, verify, decide, commit or roll back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.batch import Batch, Piece
+from runtime.clock import Clock
+from runtime.comm import Communicator
+from runtime.drafting.drafter import Drafter
+from runtime.kv_cache import KVCache
+from runtime.model import Model
+from runtime.sampling import local_best
+from runtime.scheduler import Work, schedule
+from runtime.sequence import Sequence
+from runtime.verify import Decision, Floats, Ints, decide, merge
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round before its decision. slots, num_drafts: int32 [S]; decides: bool [S]; drafts: int32 [sum of num_drafts]."""
+
+    works: list[Work]
+    slots: Ints
+    decides: NDArray[np.bool_]
+    num_drafts: Ints
+    drafts: Ints
+
+
+class Engine:
+    """Holds a rank's sequences and runs rounds over them, in step with the other ranks of its group.
+
+    Every rank calls the same methods in the same order; what they compute differs only in the slice of the model.
+    budget: tokens a round computes at most; width: drafts per sequence at most.
+    """
+
+    def __init__(
+        self, model: Model, cache: KVCache, comm: Communicator, drafter: Drafter, budget: int, width: int, clock: Clock
+    ) -> None:
+        self.clock = clock
+        self.sequences: dict[int, Sequence] = {}  # by slot, in order of admission
+        self._model = model
+        self._cache = cache
+        self._comm = comm
+        self._drafter = drafter
+        self._budget = budget
+        self._width = width
+
+    def admit(self, sequence: Sequence) -> None:
+        self.sequences[sequence.slot] = sequence
+
+    def release(self, slot: int) -> None:
+        self._drafter.release(self.sequences.pop(slot))
+
+    def draft(self) -> Round:
+        """Schedules the next round and drafts for it; the owner of a slot drafts, one exchange tells everybody."""
+        works = schedule(self.sequences.values(), self._budget, self._width, self._cache.block_size)
+        drafted = [work for work in works if work.num_drafts > 0]
+        table = np.full((len(drafted), self._width), -1, np.int32)
+        owners = np.array([work.sequence.slot % self._comm.size for work in drafted], np.int64)
+        with self.clock.part("draft"):
+            mine = np.flatnonzero(owners == self._comm.rank).tolist()
+            for row, tokens in zip(mine, self._drafter.propose([drafted[row] for row in mine]), strict=True):
+                table[row, : len(tokens)] = tokens
+        if self._comm.size > 1 and len(drafted):
+            with self.clock.part("exchange"):
+                tables = self._comm.all_gather(torch.from_numpy(table)).numpy()
+                table = tables[owners, np.arange(len(drafted))]
+        chosen = iter(table)
+        rows = [next(chosen) if work.num_drafts > 0 else np.zeros(0, np.int32) for work in works]
+        # A draft ends at the first id the target has no embedding for; -1 marks its own end.
+        known = [(row >= 0) & (row < self._model.vocab_size) for row in rows]
+        drafts = [row[: int(np.argmin(ok)) if not ok.all() else len(row)] for row, ok in zip(rows, known, strict=True)]
+        return Round(
+            works,
+            np.array([work.sequence.slot for work in works], np.int32),
+            np.array([work.decides for work in works], np.bool_),
+            np.array([len(draft) for draft in drafts], np.int32),
+            np.concatenate(drafts, dtype=np.int32) if drafts else np.zeros(0, np.int32),
+        )
+
+    def verify(self, round_: Round) -> tuple[Floats, Ints]:
+        """Runs the target over the round's rows. Returns this rank's best scores float32 [R] and token ids int32 [R]."""
+        if not round_.works:
+            return np.zeros(0, np.float32), np.zeros(0, np.int32)
+        with self.clock.part("forward"):
+            logits = self._model.forward(self._batch(round_), self._cache)
+        with self.clock.part("decide"):
+            return self._local_best(round_, logits)
+
+    def agree(self, round_: Round, scores: Floats, ids: Ints) -> Decision:
+        """Exchanges the pairs within the group and decides, the same on every rank."""
+        pairs = torch.from_numpy(np.stack([scores.view(np.int32), ids]))
+        with self.clock.part("exchange"):
+            gathered = self._comm.all_gather(pairs).numpy()
+        with self.clock.part("decide"):
+            targets = merge(gathered[:, 0].view(np.float32), gathered[:, 1])
+            return decide(round_.slots, round_.decides, round_.num_drafts, round_.drafts, targets)
+
+    def apply(self, round_: Round, decision: Decision) -> None:
+        """Commits what was decided; drafts that did not stand are rolled back by not being counted as computed."""
+        offset = 0
+        for work, num_tokens in zip(round_.works, decision.num_tokens.tolist(), strict=True):
+            if num_tokens == 0:
+                work.sequence.num_computed += work.count
+            else:
+                work.sequence.commit(decision.tokens[offset : offset + num_tokens].tolist())
+                offset += num_tokens
+
+    def _batch(self, round_: Round) -> Batch:
+        pieces = []
+        drafts = round_.drafts.tolist()
+        offset = 0
+        for work, num_drafts in zip(round_.works, round_.num_drafts.tolist(), strict=True):
+            tokens = work.sequence.tokens[work.start : work.start + work.count] + drafts[offset : offset + num_drafts]
+            pieces.append(Piece(tokens, work.start, work.sequence.blocks, num_drafts + 1 if work.decides else 0))
+            offset += num_drafts
+        return Batch.build(pieces, self._cache.block_size, self._cache.device)
+
+    def _local_best(self, round_: Round, logits: torch.Tensor) -> tuple[Floats, Ints]:
+        deciding = [(w, n) for w, n in zip(round_.works, round_.num_drafts.tolist(), strict=True) if w.decides]
+        rows = np.array([n + 1 for _, n in deciding], np.int64)
+        committed = np.array([w.sequence.num_committed for w, _ in deciding], np.int64)
+        # The first row of a sequence decides position num_committed, its drafts the positions after that.
+        firsts = np.cumsum(rows) - rows
+        positions = np.repeat(committed - firsts, rows) + np.arange(int(rows.sum()))
+        temperatures = np.repeat(np.array([w.sequence.temperature for w, _ in deciding], np.float32), rows)
+        seeds = np.repeat(np.array([w.sequence.seed for w, _ in deciding], np.int64), rows)
+        device = logits.device
+        scores, ids = local_best(
+            logits,
+            torch.from_numpy(temperatures).to(device),
+            torch.from_numpy(seeds).to(device),
+            torch.from_numpy(positions).to(device),
+            self._model.vocab_first,
+        )
+        return scores.cpu().numpy(), ids.to(torch.int32).cpu().numpy()

@@ -1,0 +1,191 @@
+"""One tensor-parallel group as the coordinator sees it: its slots, its cache blocks, its plans under way."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from runtime.blocks import BlockPool, blocks_for
+from runtime.messages import Admission, Plan, Report, Verdict
+from runtime.sequence import Sequence
+from runtime.verify import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a group's plans are made within.
+
+    width: most drafts per sequence and round. rounds: of a plan. ahead: rounds that may still be under way when the next
+    plan is sent; 0 where a plan needs the decision of the one before.
+    """
+
+    max_num_seqs: int
+    block_size: int
+    width: int
+    rounds: int
+    ahead: int
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A plan that ranks are working on. `sequences` are the slots as they were when it was made."""
+
+    number: int
+    rounds_left: int
+    sequences: dict[int, Sequence]
+
+
+@dataclass(slots=True)
+class Group:
+    """Makes the plans of one group, and keeps every block accounted for.
+
+    Ranks carry out plans in order, and each releases before it admits. So what a finished sequence held may be handed
+    on in the very next plan, even while an earlier one is still under way.
+    """
+
+    number: int
+    ranks: tuple[int, ...]
+    limits: Limits
+    pool: BlockPool
+    running: dict[int, Sequence] = field(default_factory=dict)  # by slot, in order of admission
+    under_way: deque[UnderWay] = field(default_factory=deque)
+    reports: dict[int, deque[Report]] = field(default_factory=dict)
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    decision: Decision | None = None  # merged here, not yet told to the ranks
+    leaving: list[tuple[int, Sequence]] = field(default_factory=list)  # preempted by the plan of this number
+    plans: int = 0
+    _free_slots: list[int] = field(default_factory=list)
+    _release: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._free_slots = list(range(self.limits.max_num_seqs - 1, -1, -1))
+        self.reports = {rank: deque() for rank in self.ranks}
+
+    @property
+    def rounds_under_way(self) -> int:
+        return sum(plan.rounds_left for plan in self.under_way)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.running or self.under_way or self.leaving)
+
+    def can_ever_hold(self, limit: int) -> bool:
+        """Whether a sequence that may grow to `limit` tokens fits into the whole cache."""
+        return blocks_for(max(1, limit - 1), self.limits.block_size) <= self.pool.size
+
+    def retire(self, sequence: Sequence) -> None:
+        """Takes a finished or preempted sequence off its slot; the ranks hear of it with the next plan."""
+        if self.running.get(sequence.slot) is not sequence:
+            return  # preempted before it finished
+        del self.running[sequence.slot]
+        self.pool.give_back(sequence.blocks)
+        sequence.blocks = []
+        self._release.append(sequence.slot)
+        self._free_slots.append(sequence.slot)
+
+    def returned(self) -> list[Sequence]:
+        """Preempted sequences about which nothing is under way any more: they may be admitted again."""
+        oldest = self.under_way[0].number if self.under_way else self.plans + 1
+        back = [s for number, s in self.leaving if number <= oldest]
+        self.leaving = [(number, s) for number, s in self.leaving if number > oldest]
+        return [s for s in back if s.finish_reason is None]
+
+    def plan(self, waiting: deque[Sequence], share: int) -> Plan | None:
+        """The next plan, or None if there is nothing to do or enough is under way.
+
+        Takes sequences off the front of `waiting` while fewer than `share` run here and they fit.
+        """
+        if self.rounds_under_way > self.limits.ahead:
+            return None
+        before = {slot: list(s.blocks) for slot, s in self.running.items()}
+        for sequence in list(self.running.values()):
+            if self.running.get(sequence.slot) is sequence:
+                self._reserve(sequence)
+        tables = {slot: list(s.blocks) for slot, s in self.running.items() if s.blocks != before[slot]}
+        admitted = self._admit(waiting, share)
+        if not self.running:
+            return None
+        self.plans += 1
+        plan = Plan(
+            number=self.plans,
+            rounds=self.limits.rounds,
+            decision=self.decision,
+            release=self._release,
+            admit=[admission(s) for s in admitted],
+            tables=tables | {s.slot: list(s.blocks) for s in admitted},
+        )
+        self.decision, self._release = None, []
+        self.under_way.append(UnderWay(plan.number, plan.rounds, dict(self.running)))
+        return plan
+
+    def _reach(self, sequence: Sequence, rounds: int) -> int:
+        """Tokens whose keys and values these many rounds, on top of those under way, may write at most."""
+        growth = (self.rounds_under_way + rounds) * (self.limits.width + 1)
+        return max(1, min(sequence.limit - 1, sequence.num_committed + growth))
+
+    def _reserve(self, sequence: Sequence) -> None:
+        """Blocks for a whole plan if they can be had; for one round in any case, at the cost of the youngest."""
+        if self._grow(sequence, self._reach(sequence, self.limits.rounds)):
+            return
+        self._reclaim()
+        while not self._grow(sequence, self._reach(sequence, 1)):
+            youngest = next(reversed(self.running.values()))
+            self._preempt(youngest)
+            if youngest is sequence:
+                return
+        missing = self._missing(sequence, self._reach(sequence, self.limits.rounds))
+        sequence.blocks += self.pool.take(min(missing, self.pool.num_free))
+
+    def _missing(self, sequence: Sequence, tokens: int) -> int:
+        return max(0, blocks_for(tokens, self.limits.block_size) - len(sequence.blocks))
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Takes blocks until the sequence can hold this many tokens; whether that worked."""
+        missing = self._missing(sequence, tokens)
+        if missing > self.pool.num_free:
+            return False
+        sequence.blocks += self.pool.take(missing)
+        return True
+
+    def _reclaim(self) -> None:
+        """Takes back what plans reserved beyond one round and did not use."""
+        for sequence in self.running.values():
+            keep = blocks_for(self._reach(sequence, 1), self.limits.block_size)
+            self.pool.give_back(sequence.blocks[keep:])
+            del sequence.blocks[keep:]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Puts a sequence back: its tokens stay, its cache goes, and it is computed again later."""
+        self.retire(sequence)
+        self.leaving.append((self.plans + 1, sequence))
+
+    def _admit(self, waiting: deque[Sequence], share: int) -> list[Sequence]:
+        admitted: list[Sequence] = []
+        while waiting and self._free_slots and len(self.running) < share:
+            sequence = waiting[0]
+            need = blocks_for(self._reach(sequence, self.limits.rounds), self.limits.block_size)
+            # Room for the others to grow through one more plan, or they would push the newcomer out again at once.
+            margin = len(self.running) * blocks_for(self.limits.rounds * (self.limits.width + 1), self.limits.block_size)
+            if need + margin > self.pool.num_free and self.running:
+                break
+            waiting.popleft()
+            sequence.slot = self._free_slots.pop()
+            sequence.num_computed = 0
+            sequence.blocks = self.pool.take(need)
+            self.running[sequence.slot] = sequence
+            admitted.append(sequence)
+        return admitted
+
+
+def admission(sequence: Sequence) -> Admission:
+    """What a rank needs to hold the same sequence."""
+    return Admission(
+        index=sequence.index,
+        slot=sequence.slot,
+        tokens=list(sequence.tokens),
+        num_prompt=sequence.num_prompt,
+        limit=sequence.limit,
+        ends=sorted(sequence.ends),
+        temperature=sequence.temperature,
+        seed=sequence.seed,
+    )

@@ -1,0 +1,68 @@
+"""What every implementation asks of its arguments, checked in one place."""
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.packed import ACTIVATIONS, PackedInt4, PackedInt8
+from runtime.quantize.int4 import Int4Weight
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _need(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
+
+
+def check_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Raises ValueError unless the arguments of `write_cache` fit each other."""
+    _need(key.dim() == 3 and key_cache.dim() == 4, "tokens are [T, KV, D], caches [B, KV, S, D]")
+    tokens, heads, dim = key.shape
+    _need(value.shape == key.shape, f"keys are {tuple(key.shape)}, values {tuple(value.shape)}")
+    _need(key_cache.shape == value_cache.shape, "the caches differ in shape")
+    _need(key_cache.shape[1] == heads and key_cache.shape[3] == dim, f"heads of {tuple(key_cache.shape)} don't fit")
+    _need(key.dtype == value.dtype == key_cache.dtype == value_cache.dtype, "tokens and caches differ in dtype")
+    _need(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches must be contiguous")
+    _need(slots.shape == (tokens,) and slots.dtype == torch.int64, f"slots must be int64 [{tokens}]")
+
+
+def check_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, tables: Tensor, rows: Tensor, positions: Tensor,
+    sinks: Tensor | None,
+) -> None:  # fmt: skip
+    """Raises ValueError unless the arguments of `paged_attention` fit each other."""
+    _need(query.dim() == 3 and key_cache.dim() == 4, "queries are [T, H, D], caches [B, KV, S, D]")
+    tokens, heads, dim = query.shape
+    kv_heads = key_cache.shape[1]
+    _need(key_cache.shape == value_cache.shape and key_cache.shape[3] == dim, "caches and queries differ in shape")
+    _need(heads % kv_heads == 0, f"{heads} query heads don't share {kv_heads} key heads evenly")
+    _need(query.dtype == key_cache.dtype == value_cache.dtype, "queries and caches differ in dtype")
+    _need(query.dtype in FLOATS, f"attention takes bfloat16, float16 or float32, not {query.dtype}")
+    _need(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches must be contiguous")
+    _need(tables.dim() == 2 and tables.dtype == torch.int32, "tables must be int32 [R, MB]")
+    _need(rows.shape == (tokens,) and rows.dtype == torch.int32, f"rows must be int32 [{tokens}]")
+    _need(positions.shape == (tokens,) and positions.dtype == torch.int32, f"positions must be int32 [{tokens}]")
+    _need(sinks is None or sinks.shape == (heads,), f"sinks must be [{heads}]")
+
+
+def check_pack(weight: Int4Weight, activations: str) -> None:
+    """Raises ValueError unless `pack_int4` can take this weight."""
+    _need(activations in ACTIVATIONS, f"activations are one of {', '.join(ACTIVATIONS)}, not {activations!r}")
+    size = weight.group_size
+    _need(size % 8 == 0 and size <= 4096, f"groups of {size} inputs: a multiple of 8 up to 4096 is needed")
+
+
+def check_linear(x: Tensor, packed: PackedInt4 | PackedInt8) -> None:
+    """Raises ValueError unless x [M, K] fits the packed weight."""
+    _need(x.dim() == 2 and x.shape[1] == packed.in_features, f"x is {tuple(x.shape)}, not [M, {packed.in_features}]")
+    _need(x.dtype in FLOATS, f"products take bfloat16, float16 or float32, not {x.dtype}")
+
+
+def check_best(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    """Raises ValueError unless the arguments of `best_tokens` fit each other."""
+    _need(logits.dim() == 2 and logits.shape[1] > 0, "logits are [R, V] with V of 1 or more")
+    _need(logits.dtype in FLOATS, f"logits are bfloat16, float16 or float32, not {logits.dtype}")
+    shape = (len(logits),)
+    _need(temperatures.shape == shape and temperatures.dtype == torch.float32, f"temperatures must be float32 {shape}")
+    _need(seeds.shape == shape and seeds.dtype == torch.int64, f"seeds must be int64 {shape}")
+    _need(positions.shape == shape and positions.dtype == torch.int64, f"positions must be int64 {shape}")

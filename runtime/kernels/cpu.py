@@ -1,0 +1,92 @@
+"""The kernels for CPUs, in C++ (`csrc/`): what each does stands beside the reference's function of the same name."""
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.arguments import check_attention, check_best, check_linear, check_pack, check_write
+from runtime.kernels.build import load_extension
+from runtime.kernels.packed import PackedInt4, PackedInt8, narrow_scale
+from runtime.noise import SPREAD
+from runtime.quantize.int4 import MIDDLE, Int4Weight
+from runtime.quantize.int8 import Int8Weight
+
+TILE = 16  # outputs that lie side by side in a packed weight
+
+load_extension()
+_ops = torch.ops.quasar
+
+
+def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    check_write(key, value, key_cache, value_cache, slots)
+    _ops.write_cache(key.contiguous(), value.contiguous(), key_cache, value_cache, slots.contiguous())
+
+
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, tables: Tensor, rows: Tensor, positions: Tensor,
+    scale: float, window: int = 0, soft_cap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    check_attention(query, key_cache, value_cache, tables, rows, positions, sinks)
+    sinks = None if sinks is None else sinks.float().contiguous()
+    result: Tensor = _ops.paged_attention(
+        query.contiguous(), key_cache, value_cache, tables.contiguous(), rows.contiguous(), positions.contiguous(),
+        scale, window, soft_cap, sinks,
+    )  # fmt: skip
+    return result
+
+
+def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
+    check_pack(weight, activations)
+    outputs, inputs = weight.codes.shape
+    codes = _tiled(weight.codes)  # [tiles, 16, K]
+    codes = codes.view(len(codes), TILE, inputs // 8, 2, 4).permute(0, 2, 3, 1, 4)
+    symmetric = bool((weight.zero == MIDDLE).all())
+    return PackedInt4(
+        codes=(codes[:, :, 0] | codes[:, :, 1] << 4).contiguous(),
+        scale=narrow_scale(_tiled(weight.scale).transpose(1, 2).contiguous()),
+        zero=None if symmetric else _tiled(weight.zero).transpose(1, 2).contiguous(),
+        out_features=outputs,
+        in_features=inputs,
+        group_size=weight.group_size,
+        activations=activations,
+    )
+
+
+def int4_linear(x: Tensor, packed: PackedInt4) -> Tensor:
+    check_linear(x, packed)
+    result: Tensor = _ops.int4_linear(
+        x.contiguous(), packed.codes, packed.scale, packed.zero, packed.out_features, packed.group_size,
+        packed.activations == "int8",
+    )  # fmt: skip
+    return result
+
+
+def pack_int8(weight: Int8Weight) -> PackedInt8:
+    outputs, inputs = weight.codes.shape
+    codes = torch.nn.functional.pad(weight.codes, (0, -inputs % 4))
+    tiles = _tiled((codes.short() + 128).to(torch.uint8))
+    tiles = tiles.view(len(tiles), TILE, codes.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    return PackedInt8(tiles, _tiled(weight.scale), outputs, inputs)
+
+
+def int8_linear(x: Tensor, packed: PackedInt8) -> Tensor:
+    check_linear(x, packed)
+    result: Tensor = _ops.int8_linear(x.contiguous(), packed.codes, packed.scale, packed.out_features)
+    return result
+
+
+def best_tokens(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    check_best(logits, temperatures, seeds, positions)
+    scores, ids = _ops.best_tokens(
+        logits.contiguous(), temperatures.contiguous(), seeds.contiguous(), positions.contiguous(), first, SPREAD
+    )
+    return scores, ids
+
+
+def _tiled(x: Tensor) -> Tensor:
+    """[N, ...] -> [tiles, 16, ...], the last tile filled up with zeros."""
+    more = -x.shape[0] % TILE
+    if more:
+        x = torch.cat([x, x.new_zeros(more, *x.shape[1:])])
+    return x.reshape(len(x) // TILE, TILE, *x.shape[1:]).contiguous()

@@ -1,0 +1,312 @@
+// Products with packed weights of four and eight bits.
+//
+// Sixteen outputs make a tile. Its weights lie in the order in which the inputs come: 64 bytes are sixteen outputs by
+// four inputs (one int32 lane each), and of four-bit weights the low halves are the first four inputs of eight, the high
+// halves the next four. A tile's weights are read once for every 64 rows of activations.
+//
+// Integer sums are exact, and what follows them is multiplied and added one rounding at a time (nothing is fused), so
+// every instruction set gives the same bits; `runtime/kernels/reference.py` says which.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "amx.h"
+
+namespace quasar {
+namespace {
+
+constexpr int ROWS = 64;   // of activations, at a time
+constexpr int MICRO = 8;   // of these in registers
+constexpr int64_t AHEAD = 2048;  // bytes a weight is asked for before it is needed
+
+struct Codes {
+  std::vector<int8_t> code;   // [M, K]
+  std::vector<float> scale;   // [groups, M]
+  std::vector<float> sum;     // [groups, M], whole numbers below 2^24
+  int64_t stride;             // of a row of codes
+};
+
+// Bytes between rows of this length: whole vectors, and an odd number of cache lines, so that rows that are read side by
+// side don't fall into the same sets of the cache.
+int64_t spread(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
+// Rounds rows of activations to signed bytes, each group with a scale of its own.
+template <class T>
+Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
+  Codes q;
+  const int64_t groups = group ? inputs / group : 0;
+  q.stride = spread(inputs);
+  q.code.resize(rows * q.stride);
+  q.scale.resize(rows * groups);
+  q.sum.resize(rows * groups);
+  at::parallel_for(0, rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      for (int64_t g = 0; g < groups; ++g) {
+        const T* from = x + m * inputs + g * group;
+        int8_t* to = q.code.data() + m * q.stride + g * group;
+        U top = {};  // as integers, magnitudes are in order, and infinities and NaN come last
+        for (int64_t k = 0; k < group; k += LANES) {
+          const U u = bits<U>(load(from + k, int(std::min<int64_t>(LANES, group - k)))) & 0x7fffffffu;
+          top = u > top ? u : top;
+        }
+        uint32_t most = 0;
+        for (int i = 0; i < LANES; ++i) most = std::max<uint32_t>(most, top[i]);
+        const float amax = bits<float>(most);
+        const bool finite = most < 0x7f800000u, some = finite && amax >= 0x1p-100f;
+        const F inverse = splat(some ? 127.0f / amax : 0.0f);
+        I total = {};
+        for (int64_t k = 0; k < group; k += LANES) {
+          const int n = int(std::min<int64_t>(LANES, group - k));
+          const I c = some ? round_to_int(load(from + k, n) * inverse) : I{};
+          total += c;
+          const B b = narrow(c);
+          std::memcpy(to + k, &b, n);
+        }
+        int32_t sum = 0;
+        for (int i = 0; i < LANES; ++i) sum += total[i];
+        q.sum[g * rows + m] = float(sum);
+        q.scale[g * rows + m] = some ? amax / 127.0f : finite ? 0.0f : NAN;
+      }
+  });
+  return q;
+}
+
+// One group of one tile for R rows: sum[r] = the exact sum of code times activation.
+template <int R, bool FOUR>
+QUASAR_INLINE void products(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, I* sum) {
+  constexpr int CHAINS = R <= 4 ? 2 : 1;
+  I acc[CHAINS][R] = {};
+  for (int64_t s = 0; s < steps; ++s) {
+    const I w = read<I>(weight + s * 64);
+    __builtin_prefetch(weight + s * 64 + AHEAD);
+    if constexpr (FOUR) {
+      const I low = w & 0x0f0f0f0f, high = (w >> 4) & 0x0f0f0f0f;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        acc[0][r] = dot<true>(acc[0][r], low, read<int32_t>(x + r * stride + s * 8));
+        acc[CHAINS - 1][r] = dot<true>(acc[CHAINS - 1][r], high, read<int32_t>(x + r * stride + s * 8 + 4));
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[0][r] = dot<false>(acc[0][r], w, read<int32_t>(x + r * stride + s * 4));
+    }
+  }
+  for (int r = 0; r < R; ++r) sum[r] = CHAINS == 2 ? acc[0][r] + acc[CHAINS - 1][r] : acc[0][r];
+}
+
+// The same with activations in float: sum[r] = the sum of (code - zero) * x, even and odd quads apart.
+template <int R>
+QUASAR_INLINE void products16(const uint8_t* weight, F zero, const float* x, int64_t stride, int64_t steps, F* sum) {
+  F acc[2][R] = {};
+  for (int64_t s = 0; s < steps; ++s) {
+    const I w = read<I>(weight + s * 64);
+    __builtin_prefetch(weight + s * 64 + AHEAD);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const F low = nibble(w, 8 * i) - zero, high = nibble(w, 8 * i + 4) - zero;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        acc[0][r] = fma(low, splat(x[r * stride + s * 8 + i]), acc[0][r]);
+        acc[1][r] = fma(high, splat(x[r * stride + s * 8 + 4 + i]), acc[1][r]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) sum[r] = acc[0][r] + acc[1][r];
+}
+
+// Calls f.template operator()<R>(first row) for R rows at a time.
+template <class Function>
+QUASAR_INLINE void by_rows(int64_t rows, const Function& f) {
+  int64_t r = 0;
+  for (; r + MICRO <= rows; r += MICRO) f.template operator()<MICRO>(r);
+  switch (rows - r) {
+    case 7: return f.template operator()<7>(r);
+    case 6: return f.template operator()<6>(r);
+    case 5: return f.template operator()<5>(r);
+    case 4: return f.template operator()<4>(r);
+    case 3: return f.template operator()<3>(r);
+    case 2: return f.template operator()<2>(r);
+    case 1: return f.template operator()<1>(r);
+  }
+}
+
+// A product with a packed weight: what its kernel needs besides the activations.
+struct Packed {
+  const uint8_t* codes;
+  const void* scale;  // bfloat16 or float
+  bool narrow;
+  const uint8_t* zero;  // or null: 8 throughout
+  int64_t inputs, group;
+
+  F scale_at(int64_t line) const {
+    return narrow ? load(static_cast<const c10::BFloat16*>(scale) + line * LANES)
+                  : load(static_cast<const float*>(scale) + line * LANES);
+  }
+  F zero_at(int64_t line) const { return zero ? to_float(widen(read<B>(zero + line * LANES))) : splat(8.0f); }
+};
+
+// f(first row, rows, tile, y) fills y [rows, 16]; every 64 rows a thread goes through its tiles once.
+template <class Function>
+void over_tiles(at::Tensor& out, int64_t inputs, const Function& f) {
+  const int64_t rows = out.size(0), outputs = out.size(1), tiles = (outputs + LANES - 1) / LANES;
+  const int64_t work = std::max<int64_t>(1, inputs * LANES * std::min<int64_t>(rows, ROWS));
+  at::parallel_for(0, tiles, std::max<int64_t>(1, 262144 / work), [&](int64_t begin, int64_t end) {
+    alignas(64) float y[ROWS * LANES];
+    for (int64_t m = 0; m < rows; m += ROWS)
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t count = std::min<int64_t>(ROWS, rows - m);
+        std::memset(y, 0, sizeof(float) * count * LANES);
+        f(m, count, tile, y);
+        const int n = int(std::min<int64_t>(LANES, outputs - tile * LANES));
+        by_dtype(out.scalar_type(), [&](auto* type) {
+          auto* to = static_cast<decltype(type)>(out.mutable_data_ptr()) + m * outputs + tile * LANES;
+          for (int64_t r = 0; r < count; ++r) store(to + r * outputs, load(y + r * LANES), n);
+        });
+      }
+  });
+}
+
+// What follows a group's exact sums [rows, 16]: y += (sum - zero * x_sum) * (x_scale * scale).
+QUASAR_INLINE void finish(int64_t rows, const int32_t* sums, F scale, F zero, const float* __restrict x_scale,
+                          const float* __restrict x_sum, float* __restrict y) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const F exact = to_float(read<I>(sums + r * LANES)) - zero * splat(x_sum[r]);  // integers below 2^24
+    const F factor = splat(x_scale[r]) * scale;
+    store(y + r * LANES, load(y + r * LANES) + exact * factor);
+  }
+}
+
+void int4_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
+  const int64_t groups = w.inputs / w.group, bytes = w.group * LANES / 2;
+  const int64_t step = w.group % 64 == 0 ? 64 : 32, rows = out.size(0);
+  const bool amx = rows >= AMX_ROWS && w.group % 32 == 0 && amx_allowed();
+  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* y) {
+    std::optional<AmxTiles> tiles;
+    std::vector<uint8_t> bytes_of;
+    const bool wide = amx && count >= AMX_ROWS;
+    if (wide) tiles.emplace(step), bytes_of.resize(w.group * LANES);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = tile * groups + g;
+      const F own = w.scale_at(at), middle = w.zero_at(at);
+      const uint8_t* codes = w.codes + at * bytes;
+      const int8_t* x = q.code.data() + m * q.stride + g * w.group;
+      const float *x_scale = q.scale.data() + g * rows + m, *x_sum = q.sum.data() + g * rows + m;
+      int64_t done = 0;
+      if (wide) {
+        alignas(64) int32_t sums[ROWS * LANES];
+        amx_unpack(codes, w.group / 8, bytes_of.data());
+        if (count == ROWS) {
+          amx_products<4>(bytes_of.data(), x, q.stride, w.group, step, sums);
+          done = ROWS;
+        }
+        for (; done + AMX_ROWS <= count; done += AMX_ROWS)
+          amx_products<1>(bytes_of.data(), x + done * q.stride, q.stride, w.group, step, sums + done * LANES);
+        finish(done, sums, own, middle, x_scale, x_sum, y);
+      }
+      by_rows(count - done, [&]<int R>(int64_t r) {
+        I sum[R];
+        products<R, true>(codes, x + (done + r) * q.stride, q.stride, w.group / 8, sum);
+        finish(R, reinterpret_cast<const int32_t*>(sum), own, middle, x_scale + done + r, x_sum + done + r,
+               y + (done + r) * LANES);
+      });
+    }
+  });
+}
+
+// x: rows of floats, stride apart.
+void int4_by_16bit(const float* x, int64_t stride, const Packed& w, at::Tensor& out) {
+  const int64_t groups = w.inputs / w.group, bytes = w.group * LANES / 2;
+  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* y) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = tile * groups + g;
+      const F own = w.scale_at(at), middle = w.zero_at(at);
+      by_rows(count, [&]<int R>(int64_t r) {
+        F sum[R];
+        products16<R>(w.codes + at * bytes, middle, x + (m + r) * stride + g * w.group, stride, w.group / 8, sum);
+        for (int i = 0; i < R; ++i) {
+          float* to = y + (r + i) * LANES;
+          store(to, fma(sum[i], own, load(to)));
+        }
+      });
+    }
+  });
+}
+
+void int8_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
+  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* y) {
+    const F own = w.scale_at(tile);
+    by_rows(count, [&]<int R>(int64_t r) {
+      I sum[R];
+      const int8_t* x = q.code.data() + (m + r) * q.stride;
+      products<R, false>(w.codes + tile * w.inputs * LANES, x, q.stride, w.inputs / 4, sum);
+      for (int i = 0; i < R; ++i) {
+        const I exact = sum[i] - splat(int32_t(q.sum[m + r + i]) * 128);
+        store(y + (r + i) * LANES, to_float(exact) * (splat(q.scale[m + r + i]) * own));
+      }
+    });
+  });
+}
+
+Codes quantize(const at::Tensor& x, int64_t group) {
+  Codes q;
+  by_dtype(x.scalar_type(), [&](auto* type) {
+    q = quantize(static_cast<decltype(type)>(x.data_ptr()), x.size(0), x.size(1), group);
+  });
+  return q;
+}
+
+}  // namespace
+
+// x [M, K], weight [tiles, K / 8, 16, 4], scale [tiles, K / group, 16] bfloat16 or float32, zero alike or absent.
+at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
+                       const std::optional<at::Tensor>& zero, int64_t outputs, int64_t group, bool eight) {
+  const int64_t rows = x.size(0), inputs = x.size(1), tiles = (outputs + LANES - 1) / LANES;
+  TORCH_CHECK(x.is_contiguous() && weight.nbytes() == size_t(tiles * inputs * LANES / 2), "the packing doesn't fit");
+  TORCH_CHECK(scale.numel() * group == tiles * inputs * LANES && group % 8 == 0, "the scales don't fit");
+  at::Tensor out = at::empty({rows, outputs}, x.options());
+  const Packed w{static_cast<const uint8_t*>(weight.const_data_ptr()), scale.const_data_ptr(),
+                 scale.scalar_type() == at::kBFloat16,
+                 zero ? static_cast<const uint8_t*>(zero->const_data_ptr()) : nullptr, inputs, group};
+  if (eight) {
+    int4_by_int8(quantize(x, group), w, out);
+    return out;
+  }
+  const int64_t stride = spread(inputs * int64_t(sizeof(float))) / int64_t(sizeof(float));
+  std::vector<float> wide(rows * stride);
+  by_dtype(x.scalar_type(), [&](auto* type) {
+    const auto* from = static_cast<decltype(type)>(x.data_ptr());
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t k = 0; k < inputs; k += LANES) {
+        const int n = int(std::min<int64_t>(LANES, inputs - k));
+        store(wide.data() + m * stride + k, load(from + m * inputs + k, n), n);
+      }
+  });
+  int4_by_16bit(wide.data(), stride, w, out);
+  return out;
+}
+
+// x [M, K], weight [tiles, padded K / 4, 16, 4] of code + 128, scale [tiles, 16].
+at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, int64_t outputs) {
+  const int64_t rows = x.size(0), inputs = x.size(1), tiles = (outputs + LANES - 1) / LANES;
+  const int64_t padded = (inputs + 3) / 4 * 4;
+  TORCH_CHECK(x.is_contiguous() && weight.nbytes() == size_t(tiles * padded * LANES), "the packing doesn't fit");
+  TORCH_CHECK(inputs >= 1 && inputs <= 65536, "an 8-bit product takes 1 to 65536 inputs, so that its sums fit 32 bits");
+  at::Tensor out = at::empty({rows, outputs}, x.options());
+  const Packed w{static_cast<const uint8_t*>(weight.const_data_ptr()), scale.const_data_ptr(), false, nullptr, padded, 0};
+  int8_by_int8(quantize(x, inputs), w, out);
+  return out;
+}
+
+}  // namespace quasar
+
+TORCH_LIBRARY_FRAGMENT(quasar, m) {
+  m.def(
+      "int4_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, int outputs, int group, bool eight) -> Tensor",
+      &quasar::int4_linear);
+  m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, int outputs) -> Tensor", &quasar::int8_linear);
+}

@@ -1,0 +1,232 @@
+"""The kernels in plain torch: what the others are tested against, and what runs where they can't.
+
+A row's result never depends on the other rows: sums fold a fixed shape by halves with elementwise additions, products
+of integers are exact, and nothing else adds.
+"""
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.arguments import check_attention, check_best, check_linear, check_pack, check_write
+from runtime.kernels.packed import PackedInt4, PackedInt8
+from runtime.noise import SPREAD, gumbel
+from runtime.quantize.int4 import Int4Weight
+from runtime.quantize.int8 import Int8Weight
+
+PIECE = 64  # keys that are merged at a time
+ELEMENTS = 1 << 24  # of the largest temporary
+
+
+def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Puts the keys and values [T, KV, D] of T tokens into the caches [B, KV, S, D] at `slots` [T] int64.
+
+    slot = block * S + offset; a token whose slot is negative is skipped; two tokens never share a slot. Caches are
+    contiguous and have the tokens' dtype. Raises IndexError for a slot behind the cache, ValueError for shapes.
+    """
+    check_write(key, value, key_cache, value_cache, slots)
+    size = key_cache.shape[2]
+    if len(slots) and int(slots.max()) >= key_cache.shape[0] * size:
+        raise IndexError(f"slot {int(slots.max())} is behind the cache's {key_cache.shape[0] * size}")
+    kept = slots >= 0
+    slots = slots[kept]
+    key_cache[slots // size, :, slots % size] = key[kept]
+    value_cache[slots // size, :, slots % size] = value[kept]
+
+
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, tables: Tensor, rows: Tensor, positions: Tensor,
+    scale: float, window: int = 0, soft_cap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """query [T, H, D], caches [B, KV, S, D], tables [R, MB] int32, rows [T] int32, positions [T] int32 -> [T, H, D].
+
+    Row t belongs to the sequence whose blocks are `tables[rows[t]]` and sees keys 0..positions[t] of it, or the last
+    `window` of those if `window` is positive; a negative position marks a row of padding, whose result is zero. Query
+    head h uses key head h // (H / KV). A score is `scale * q.k`, then `soft_cap * tanh(score / soft_cap)` if that is
+    positive; `sinks` [H] float32 adds exp(sinks[h]) to a head's denominator. bfloat16, float16 or float32, all alike;
+    arithmetic is float32, 64 keys at a time from the first on. Raises IndexError for a position or block that isn't
+    there, ValueError for shapes and dtypes.
+    """
+    check_attention(query, key_cache, value_cache, tables, rows, positions, sinks)
+    step = max(1, ELEMENTS // (query.shape[1] * query.shape[2] * PIECE))
+    parts = [
+        _attend(query[i : i + step].float(), key_cache, value_cache, tables, rows[i : i + step].long(),
+                positions[i : i + step].long(), scale, window, soft_cap, sinks)
+        for i in range(0, len(query), step)
+    ]  # fmt: skip
+    return torch.cat(parts).to(query.dtype) if parts else torch.empty_like(query)
+
+
+def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
+    """Lays a weight out for `int4_linear`. activations: "int8" or "16bit". Raises ValueError."""
+    check_pack(weight, activations)
+    outputs, inputs = weight.codes.shape
+    return PackedInt4(weight.codes, weight.scale, weight.zero, outputs, inputs, weight.group_size, activations)
+
+
+def int4_linear(x: Tensor, packed: PackedInt4) -> Tensor:
+    """x [M, K] bfloat16, float16 or float32 -> [M, N] of its dtype.
+
+    With "int8" activations each row's groups are rounded to -127..127 (`quantize_rows`), and the result is, in float32,
+    added group after group from zero with each operation rounded by itself,
+
+        sum over g of  (acc[g] - zero[g] * sum[g]) * (x_scale[g] * scale[g])
+
+    with acc the exact sum of codes times codes and sum that of the activations' codes alone. Every implementation gives
+    these bits. With "16bit" the products of (code - zero) and x are added in float32, group by group and in an order
+    of the implementation's own. Raises ValueError for shapes and dtypes.
+    """
+    check_linear(x, packed)
+    assert packed.zero is not None
+    size, wide = packed.group_size, x.float()
+    out = wide.new_zeros(len(x), packed.out_features)
+    rounded = quantize_rows(wide, size) if packed.activations == "int8" else None
+    for g in range(packed.scale.shape[1]):
+        inputs = slice(g * size, (g + 1) * size)
+        codes = packed.codes[:, inputs].float()
+        zero, scale = packed.zero[:, g].float(), packed.scale[:, g]
+        if rounded is not None:
+            code, x_scale, total = rounded
+            exact = code[:, inputs].float() @ codes.t() - zero * total[:, g, None].float()  # integers below 2^24
+            out = out + exact * (x_scale[:, g, None] * scale)
+        else:
+            codes = codes - zero[:, None]
+            step = max(1, ELEMENTS // max(1, codes.numel()))
+            parts = [fold(wide[i : i + step, None, inputs] * codes) for i in range(0, len(x), step)]
+            out = out + torch.cat([*parts, out[:0]]) * scale
+    return out.to(x.dtype)
+
+
+def pack_int8(weight: Int8Weight) -> PackedInt8:
+    """Lays a weight out for `int8_linear`."""
+    return PackedInt8(weight.codes, weight.scale, *weight.codes.shape)
+
+
+def int8_linear(x: Tensor, packed: PackedInt8) -> Tensor:
+    """x [M, K] bfloat16, float16 or float32 -> [M, N] of its dtype.
+
+    Each row is rounded to -127..127 as a whole; the result is float(acc) * (x_scale * scale) in float32, with acc the
+    exact sum of codes times codes. Every implementation gives these bits. Raises ValueError for shapes and dtypes.
+    """
+    check_linear(x, packed)
+    code, x_scale, _ = quantize_rows(x.float(), packed.in_features)
+    exact = code.double() @ packed.codes.double().t()  # exact in any order, as it is below 2^53
+    return (exact.float() * (x_scale * packed.scale)).to(x.dtype)
+
+
+def quantize_rows(x: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] float32 -> codes int8 [M, K], scales float32 [M, K / size], sums of a group's codes int32 [M, K / size].
+
+    code = round_half_even(x * (127 / amax)), scale = amax / 127, amax the group's largest magnitude. Below 2^-100 a
+    group counts as zero; where it isn't finite its codes are zero and its scale is NaN: the whole row becomes NaN.
+    """
+    group = x.view(len(x), x.shape[1] // size, size)
+    amax = group.abs().amax(-1)
+    some = (amax >= 2.0**-100) & amax.isfinite()
+    steps = torch.full_like(amax, 127.0)  # a tensor: torch divides by or of a number as it likes
+    code = torch.round(group * (steps / amax)[..., None]).where(some[..., None], 0.0)
+    scale = (amax / steps).where(some, 0.0).where(amax.isfinite(), float("nan"))
+    return code.to(torch.int8).view(x.shape), scale, code.sum(-1).int()
+
+
+def _attend(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, tables: Tensor, rows: Tensor, positions: Tensor,
+    scale: float, window: int, soft_cap: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    count, heads, dim = query.shape
+    blocks, kv_heads, size, _ = key_cache.shape
+    live = positions >= 0
+    if not live.any():
+        return torch.zeros_like(query)
+    if int(positions.max()) >= tables.shape[1] * size:
+        raise IndexError(f"position {int(positions.max())} lies behind {tables.shape[1]} blocks of {size}")
+    if int(rows[live].min()) < 0 or int(rows[live].max()) >= len(tables):
+        raise IndexError(f"rows must be in 0..{len(tables) - 1}")
+    rows = rows.clamp(0, len(tables) - 1)
+    query = query.view(count, kv_heads, heads // kv_heads, 1, dim)
+    first = (positions + 1 - window).clamp(min=0) if window > 0 else torch.zeros_like(positions)
+    top = query.new_full((count, kv_heads, heads // kv_heads), float("-inf"))
+    total = torch.zeros_like(top)
+    out = query.new_zeros((*top.shape, dim))
+    for base in range(int(first[live].min()) // PIECE * PIECE, int(positions.max()) + 1, PIECE):
+        places = torch.arange(base, base + PIECE, device=query.device)
+        seen = (places >= first[:, None]) & (places <= positions[:, None])  # [T, 64]
+        block = tables[rows[:, None], (places // size).clamp(max=tables.shape[1] - 1)].long().where(seen, 0)
+        if int(block.min()) < 0 or int(block.max()) >= blocks:
+            raise IndexError(f"a table names a block that is none of {blocks}")
+        keys = key_cache[block, :, places % size].float().transpose(1, 2)[:, :, None]  # [T, KV, 1, 64, D]
+        values = value_cache[block, :, places % size].float().transpose(1, 2)[:, :, None]
+        there = seen[:, None, None]  # a row that sees no key here keeps what it has
+        score = fold(query * keys) * scale
+        if soft_cap > 0:
+            score = soft_cap * _tanh(score / soft_cap)
+        score = score.where(there, float("-inf"))
+        now = torch.maximum(top, score.amax(-1))
+        fade = _exp(top - now).where(now > float("-inf"), 1.0)
+        weight = _exp(score - now[..., None]).where(there, 0.0)
+        total = total * fade + fold(weight)
+        # Values of places that aren't seen may be anything, NaN included.
+        blend = fold((weight[..., None] * values.where(there[..., None], 0.0)).transpose(-1, -2))
+        out = out * fade[..., None] + blend
+        top = now
+    if sinks is not None:
+        sink = sinks.float().view(1, kv_heads, -1)
+        now = torch.maximum(top, sink)
+        fade = _exp(top - now)
+        out = out * fade[..., None]
+        total = total * fade + _exp(sink - now)
+    out = (out / total[..., None]).where(live[:, None, None, None], 0.0)
+    return out.view(count, heads, dim)
+
+
+def fold(x: Tensor) -> Tensor:
+    """[..., n] -> [...]: the sum, in an order that n alone fixes."""
+    n = 1 << max(0, x.shape[-1] - 1).bit_length()
+    x = torch.nn.functional.pad(x, (0, n - x.shape[-1]))
+    while n > 1:
+        n //= 2
+        x = x[..., :n] + x[..., n:]
+    return x[..., 0]
+
+
+def _exp(x: Tensor) -> Tensor:
+    """e^x in float32 for x <= 0, from additions and products alone; torch's own may differ at the end of a tensor."""
+    clamped = x.clamp(min=-87.0)
+    n = torch.round(clamped * 1.44269504)
+    r = clamped - n * 0.693359375 + n * 2.12194440e-4
+    p = torch.full_like(r, 1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + c
+    y = (p * (r * r) + r + 1.0) * ((n.int() + 127) << 23).view(torch.float32)
+    return y.where(x >= -87.0, 0.0)
+
+
+def _tanh(x: Tensor) -> Tensor:
+    e = _exp(-2.0 * x.abs())
+    return torch.sign(x) * ((1.0 - e) / (1.0 + e))
+
+
+def best_tokens(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """The best (score, token id) of every row within a slice of the vocabulary whose first token has the id `first`.
+
+    logits [R, V], any float dtype; temperatures [R] float32, 0 for greedy; seeds [R] int64; positions [R] int64, of the
+    tokens to be decided. A score is logits / temperature + gumbel(seed, position, id), or the logit itself where the
+    temperature is 0. Returns scores [R] float32 and ids [R] int64; a tie goes to the smallest id. A row with a NaN has
+    the score NaN. Implementations may differ in the last bit of the noise.
+    """
+    check_best(logits, temperatures, seeds, positions)
+    logits = logits.float()
+    ids = logits.argmax(dim=1)
+    scores = logits.gather(1, ids[:, None])[:, 0]
+    sampled = torch.nonzero((temperatures > 0) & ~scores.isnan()).flatten()
+    if len(sampled):
+        scaled = logits[sampled] / temperatures[sampled, None]
+        # Noise lies within fixed bounds: a token further than their difference under the best needs none.
+        rows, tokens = torch.nonzero(scaled >= scaled.amax(dim=1, keepdim=True) - SPREAD, as_tuple=True)
+        noisy = scaled[rows, tokens] + gumbel(seeds[sampled][rows], positions[sampled][rows], tokens + first)
+        best = noisy.new_full((len(sampled),), -torch.inf).scatter_reduce(0, rows, noisy, "amax")
+        winners = torch.where(noisy == best[rows], tokens, logits.shape[1])
+        scores[sampled] = best
+        ids[sampled] = torch.full_like(sampled, logits.shape[1]).scatter_reduce(0, rows, winners, "amin")
+    return scores, ids + first

@@ -1,0 +1,153 @@
+"""The target as one rank holds it: transformers' architecture, our linears, our attention, our cache."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from configs.schema import ModelConfig
+from runtime.batch import Batch
+from runtime.checkpoint import DTYPES, Checkpoint, ModelError, read_json
+from runtime.comm import Communicator
+from runtime.kernels import select
+from runtime.kv_cache import CacheShape, KVCache
+from runtime.layout import lay_out
+from runtime.loader import Loader
+from runtime.pointwise import steady
+from runtime.skeleton import ATTENTION, build_config, build_skeleton, tied_weights, weight_names
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One rank's part of a causal language model; `load_model` makes it.
+
+    dtype: of activations, cache and unquantised weights. cache_shape: what `KVCache` needs. vocab_first: the id of the
+    first token of this rank's slice; vocab_size: of all ranks together. max_model_len: positions the model knows.
+    end_tokens: its own. digest: hex, of the checkpoint, the same on all ranks. num_parameters: of the whole model.
+    weight_bytes: of this rank's weights as they are held.
+    """
+
+    module: PreTrainedModel
+    kernels: ModuleType
+    device: torch.device
+    dtype: torch.dtype
+    cache_shape: CacheShape
+    vocab_first: int
+    vocab_size: int
+    max_model_len: int
+    end_tokens: frozenset[int]
+    digest: str
+    num_parameters: int
+    weight_bytes: int
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Writes the batch's keys and values into the cache and returns logits [L, this rank's vocabulary], in dtype.
+
+        All ranks of the group call this with the same batch; L may be 0. A token sees the tokens of its sequence before
+        it, of this batch or in the cache. Raises PeerLost, and what kernels raise for a batch that doesn't fit the cache.
+        """
+        output = self.module(
+            batch.tokens[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.logits_at,
+            batch=batch,
+            cache=cache,
+            kernels=self.kernels,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    scaling: float | None = None, batch: Batch, cache: KVCache, kernels: ModuleType, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function over our cache: query [1, H, T, D], key and value [1, KV, T, D] -> [1, T, H, D]."""
+    if attention_mask is not None or not getattr(module, "is_causal", True):
+        raise ModelError(f"{type(module).__name__} asks for another mask than the causal one; it cannot run here")
+    keys, values = cache.keys[module.layer_idx], cache.values[module.layer_idx]  # type: ignore[index]
+    kernels.write_cache(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slots)
+    out = kernels.paged_attention(
+        query[0].transpose(0, 1), keys, values, batch.tables, batch.rows, batch.reach,
+        scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window or 0, softcap or 0.0, s_aux,
+    )  # fmt: skip
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+def load_model(config: ModelConfig, comm: Communicator, device: torch.device | str = "cpu") -> Model:
+    """Builds the architecture, reads this rank's slices of the checkpoint, quantises and packs them.
+
+    Names, shapes and files are checked before anything is computed. Raises ModelError, CannotShard.
+    """
+    device = torch.device(device)
+    if config.activations == "auto":
+        config = config.model_copy(update={"activations": "int8" if device.type == "cpu" else "16bit"})
+    description = build_config(config.target)
+    checkpoint = Checkpoint(config.target)
+    try:
+        dtype = _dtype(config, description, checkpoint)
+        module = build_skeleton(description, dtype)
+        expected = dict(weight_names(module))
+        tied = tied_weights(module)
+        checkpoint.check(expected, _ignored(module, checkpoint) | set(tied))
+        layout = lay_out(module, config.group_size if config.quantization == "int4" else 1, comm.rank, comm.size)
+        vocab_size = module.get_output_embeddings().out_features
+        num_parameters = sum(weight.numel() for name, weight in module.named_parameters() if name in expected)
+        kernels = select(device)
+        held = Loader(module, config, checkpoint, kernels, dtype, device, comm).fill(layout, tied)
+    finally:
+        checkpoint.close()
+    if device.type == "cpu":
+        steady(module)
+    return Model(
+        module=module,
+        kernels=kernels,
+        device=device,
+        dtype=dtype,
+        cache_shape=layout.cache_shape,
+        vocab_first=layout.head_span.start,
+        vocab_size=vocab_size,
+        max_model_len=description.get_text_config().max_position_embeddings,
+        end_tokens=_end_tokens(config, description),
+        digest=checkpoint.digest,
+        num_parameters=num_parameters,
+        weight_bytes=held,
+    )
+
+
+def _end_tokens(config: ModelConfig, description: Any) -> frozenset[int]:
+    ends = read_json(config.target, "generation_config.json").get("eos_token_id")
+    if ends is None:
+        ends = description.get_text_config().eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+
+def _dtype(config: ModelConfig, description: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype asked for; `auto` is the config's or else the stored one. Raises ModelError."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    found = description.get_text_config().dtype or description.dtype
+    if found is None:
+        stored = {DTYPES.get(name) for name in checkpoint.dtypes.values()} - {torch.float64, None}
+        found = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in stored), torch.float32)
+    if found not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ModelError(f"{config.target} is of dtype {found}; set model.dtype to bfloat16, float16 or float32")
+    return found
+
+
+def _ignored(module: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:
+    """Names a checkpoint may have without need: what the architecture says, and rotary frequencies of old files."""
+    patterns = [*(module._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    return {name for name in checkpoint.shapes if any(re.search(pattern, name) for pattern in patterns)}

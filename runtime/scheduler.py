@@ -1,0 +1,56 @@
+"""What one round computes: a pure function of the running sequences, the same on every rank.
+
+There is no prefill phase and no decode phase. A sequence's work is what lies between `num_computed` and
+`num_committed`, and once that reaches the end, drafts on top of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from runtime.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One sequence's share of a round: `count` committed tokens from `start` on, then up to `num_drafts` drafts.
+
+    `decides` is true where the committed tokens are reached, so that the round decides at least one new token.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    num_drafts: int
+    decides: bool
+
+
+def schedule(sequences: Iterable[Sequence], budget: int, width: int, block_size: int) -> list[Work]:
+    """The works of the next round, in the order in which the sequences were admitted.
+
+    Every sequence that only needs its next token gets that one first, so that a long prompt never holds up the others;
+    what is left of `budget` (tokens) goes to pending tokens in order of admission, then to drafts, at most `width` each.
+    No sequence is taken beyond its blocks, nor drafted beyond its limit. A sequence for which nothing is left has no work.
+    """
+    ready = [s for s in sequences if s.finish_reason is None]
+    room = {s.slot: len(s.blocks) * block_size - s.num_computed for s in ready}
+    counts: dict[int, int] = {}
+    for sequence in sorted(ready, key=lambda s: s.num_committed - s.num_computed > 1):
+        count = min(sequence.num_committed - sequence.num_computed, budget, room[sequence.slot])
+        if count > 0:
+            counts[sequence.slot] = count
+            budget -= count
+    works = []
+    for sequence in ready:
+        count = counts.get(sequence.slot, 0)
+        if count == 0:
+            continue
+        decides = sequence.num_computed + count == sequence.num_committed
+        drafts = 0
+        if decides:
+            left = sequence.limit - sequence.num_committed - 1
+            drafts = max(0, min(width, left, budget, room[sequence.slot] - count))
+            budget -= drafts
+        works.append(Work(sequence, sequence.num_computed, count, drafts, decides))
+    return works

@@ -1,0 +1,111 @@
+"""A model's architecture without its weights, out of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from runtime.checkpoint import ModelError, read_json
+
+ATTENTION = "quasar"  # what our attention is called in transformers' registry
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Rotary embeddings that change with the longest sequence of a batch: a row would depend on its neighbours.
+SHIFTING_ROPE = {"dynamic", "longrope"}
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts on the meta device what weights are made of, uninitialised memory; small computed buffers stay real."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_config(directory: str | Path) -> PretrainedConfig:
+    """The directory's config.json as transformers reads it. Raises ModelError for what cannot run here."""
+    directory = Path(directory)
+    raw = read_json(directory, "config.json")
+    if not raw:
+        raise ModelError(f"{directory / 'config.json'} is missing; model.target names a downloaded Hugging Face model")
+    if "quantization_config" in raw:
+        raise ModelError(
+            f"{directory} is quantised already (quantization_config in config.json); use the plain 16-bit checkpoint, "
+            "it is quantised while it loads"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises KeyError, ValueError, OSError, TypeError and validation errors
+        raise ModelError(f"{directory / 'config.json'} describes no model transformers can build: {error}") from error
+    text = config.get_text_config()
+    other = set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES
+    if other:
+        raise ModelError(f"{config.model_type} has layers of type {', '.join(sorted(other))}; only attention runs here")
+    rope = json.dumps(getattr(text, "rope_parameters", None) or {}, default=str)
+    for kind in SHIFTING_ROPE:
+        if f'"{kind}"' in rope:
+            raise ModelError(
+                f"{config.model_type}'s rotary embedding is of type {kind}: it changes with the longest sequence of a "
+                "batch, so that output would depend on what else runs; choose another rope type in config.json"
+            )
+    return config
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with weights on the meta device and computed buffers (rotary frequencies and such) on the CPU.
+
+    Raises ModelError for an architecture without a tensor-parallel plan.
+    """
+    try:
+        with _EmptyOnMeta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"transformers cannot build a {config.model_type} for text generation: {error}") from error
+    if not any(kind == "rowwise" or kind == "rowwise_split_input" for kind in (model._tp_plan or {}).values()):
+        raise ModelError(f"{config.model_type} has no tensor-parallel plan in transformers, so it cannot run here")
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise ModelError(f"{config.model_type}: the buffer {name} cannot be computed before loading")
+    if model.config.get_text_config().is_encoder_decoder:
+        raise ModelError(f"{config.model_type} is an encoder-decoder; only decoders run here")
+    model.config._attn_implementation = ATTENTION
+    return model.eval().requires_grad_(False)
+
+
+def weight_names(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes a checkpoint must have; of weights that are tied, only the one that is stored."""
+    tied = set(tied_weights(model))
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name not in tied:
+            yield name, tuple(value.shape)
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Weights that are another one, by name: the head's and the embedding's, if the config ties them."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return {}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None:
+        return {}
+    return {f"{path_of(model, head)}.weight": f"{path_of(model, embedding)}.weight"}
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """The dotted name of a module inside a model."""
+    return next(name for name, found in model.named_modules() if found is module)
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts another module in a path's place."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

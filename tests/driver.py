@@ -1,0 +1,94 @@
+"""Whole jobs in the test's own process: the real coordinator, ranks and engines, with lists in place of sockets."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+from unittest import mock
+
+import torch
+
+from configs.load import load
+from configs.schema import ModelConfig, RunConfig
+from launcher.coordinate import limits
+from runtime.comm import Communicator, Solo
+from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Refused, Send, Submit
+from runtime.messages import Message, Plan, Stop, decode, encode
+from runtime.model import Model, load_model
+from runtime.request import Completion, Request
+from workers.build import Place, build
+from workers.rank import Rank
+from workers.transport import Client
+
+DEMO = "configs/demo/demo.yaml"
+
+
+class Mailbox:
+    """Stands in for a rank's socket: what it sends is kept as bytes until someone looks."""
+
+    def __init__(self) -> None:
+        self.sent: deque[list[bytes]] = deque()
+
+    def send(self, message: Message) -> None:
+        self.sent.append(encode(message))
+
+
+@cache
+def load_alone(config: ModelConfig, device: torch.device) -> Model:
+    """A model for one rank. Models keep no state between jobs, so tests can share them."""
+    return load_model(config, Solo(), device)
+
+
+def load_once(config: ModelConfig, comm: Communicator, device: torch.device) -> Model:
+    assert comm.size == 1
+    return load_alone(config, device)
+
+
+def demo_config(*overrides: str) -> RunConfig:
+    """The demo's configuration for one rank, in its own process."""
+    return load(DEMO, ["parallel.tensor=1", "engine.threads=1", "engine.device=cpu", *overrides])
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Completions by index, the coordinator as it was at the end, and how often a sequence was admitted."""
+
+    completions: dict[int, Completion]
+    machine: Coordinator
+    admissions: int
+
+
+def run(config: RunConfig, requests: Iterable[Request]) -> Outcome:
+    """Runs a job. One rank makes up the one group."""
+    with mock.patch("workers.build.load_model", load_once):
+        engine, hello = build(config, Place(0, 0, [(0,)], 0, 1, True, "test"))
+    mailbox = Mailbox()
+    rank = Rank(0, True, config.coordination.merge, engine, cast(Client, mailbox))
+    machine = Coordinator(groups=[(0,)], limits=limits(config), decode=lambda tokens: " ".join(map(str, tokens)))
+    completions: dict[int, Completion] = {}
+    plans: deque[Plan] = deque()
+    admissions = 0
+
+    def carry_out(actions: Iterable[Any]) -> None:
+        for action in actions:
+            assert not isinstance(action, Refused), action
+            if isinstance(action, Finished):
+                assert action.completion.index not in completions
+                completions[action.completion.index] = action.completion
+            elif isinstance(action, Send) and isinstance(action.message, Plan):
+                plans.append(cast(Plan, decode(encode(action.message))))
+
+    carry_out(machine.handle(hello))
+    for request in requests:
+        carry_out(machine.handle(Submit(request)))
+    carry_out(machine.handle(NoMoreRequests()))
+    while plans:
+        admissions += len(plans[0].admit)
+        rank._carry_out(plans.popleft())
+        while mailbox.sent:
+            carry_out(machine.handle(cast(Any, decode(mailbox.sent.popleft()))))
+    assert machine.stop == Stop(0, "every request is finished"), machine.stop
+    return Outcome(completions, machine, admissions)

@@ -1,0 +1,141 @@
+"""Finding earlier occurrences against a brute-force search, and the drafters that copy from them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from runtime.drafting.drafter import NgramDrafter, NoDrafter, SuffixDrafter
+from runtime.drafting.match import CANDIDATES, MatchIndex
+from runtime.scheduler import Work
+from runtime.sequence import Sequence
+
+
+def sequence(tokens: list[int], slot: int = 0) -> Sequence:
+    return Sequence(slot, slot, tokens, 1, 10_000, frozenset(), 0.0, 0)
+
+
+def work(tokens: list[int] | Sequence, num_drafts: int = 3, slot: int = 0) -> Work:
+    one = tokens if isinstance(tokens, Sequence) else sequence(tokens, slot)
+    return Work(one, one.num_committed - 1, 1, num_drafts, True)
+
+
+def brute_force(text: list[int], context: list[int], shortest: int, longest: int) -> tuple[int, int]:
+    """Over the latest CANDIDATES places whose shortest gram matches and that a token follows."""
+    ends = [
+        end for end in range(shortest, len(text))
+        if len(context) >= shortest and text[end - shortest : end] == context[len(context) - shortest :]
+    ]  # fmt: skip
+    best = 0, 0
+    for end in ends[::-1][:CANDIDATES]:
+        length = shortest
+        while length < min(longest, end, len(context)) and text[end - length - 1] == context[-length - 1]:
+            length += 1
+        if length > best[1]:
+            best = end, length
+    return best
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 4), (2, 3), (3, 8)])
+def test_find_is_a_brute_force_search(shortest: int, longest: int, seed: int) -> None:
+    rng = random.Random(f"{seed} {shortest} {longest}")
+    for _ in range(150):
+        words = rng.choice([2, 3, 10])
+        index, text = MatchIndex(shortest, longest), list[int]()
+        for _ in range(rng.randint(0, 12)):
+            more = [rng.randrange(words) for _ in range(rng.randint(0, 9))]
+            text += more
+            index.extend(more)
+            other = [rng.randrange(words) for _ in range(rng.randint(0, 9))]
+            for context in (text, other):
+                assert index.find(context) == brute_force(text, context, shortest, longest)
+        assert index.tokens.tolist() == text
+
+
+def test_one_by_one_is_the_same_as_at_once(seed: int) -> None:
+    rng = random.Random(seed)
+    text = [rng.randrange(3) for _ in range(80)]
+    at_once, one_by_one = MatchIndex(2, 5), MatchIndex(2, 5)
+    at_once.extend(text)
+    for token in text:
+        one_by_one.extend([token])
+    assert at_once.find(text) == one_by_one.find(text)
+
+
+def test_the_longest_wins_and_the_latest_of_equals() -> None:
+    index = MatchIndex(1, 3)
+    index.extend([1, 2, 3, 9, 2, 3, 8, 2, 3])
+    assert index.find([1, 2, 3]) == (3, 3)
+    assert index.find([7, 2, 3]) == (6, 2), "the last place has nothing after it"
+
+
+def test_copy_goes_on_as_a_repetition() -> None:
+    index = MatchIndex(1, 3)
+    index.extend([5, 1, 2, 3])
+    assert index.copy(1, 2) == [1, 2]
+    assert index.copy(1, 8) == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert index.copy(3, 3) == [3, 3, 3]
+    assert index.copy(1, 0) == []
+
+
+def test_no_drafter() -> None:
+    drafter = NoDrafter()
+    assert drafter.propose([work([1, 1, 1])] * 2) == [[], []]
+    drafter.release(sequence([1]))
+
+
+@pytest.mark.parametrize("drafter", [NgramDrafter(2, 4), SuffixDrafter(2, 4)])
+def test_own_text(drafter: NgramDrafter) -> None:
+    assert drafter.propose([]) == []
+    mine, other = sequence([1, 2, 3, 4, 1, 2]), sequence([1, 2, 7, 7], slot=1)
+    assert drafter.propose([work(mine), work(other)]) == [[3, 4, 1], []]
+    mine.commit([3])
+    assert drafter.propose([work(mine, 1)]) == [[4]]
+    mine.commit([5, 6, 1, 2, 3])
+    assert drafter.propose([work(mine, 2)]) == [[5, 6]], "the latest of equals, in tokens committed since"
+
+
+@pytest.mark.parametrize("drafter", [NgramDrafter(2, 4), SuffixDrafter(2, 4)])
+def test_a_slot_starts_anew_after_its_release(drafter: NgramDrafter) -> None:
+    first = sequence([1, 2, 3, 4, 1, 2])
+    drafter.propose([work(first)])
+    drafter.release(first)
+    assert drafter.propose([work([8, 9, 8, 9, 5, 6])]) == [[]]
+    drafter.release(sequence([1], slot=3))  # of a slot it never drafted for
+
+
+def test_suffix_finds_what_others_wrote() -> None:
+    drafter = SuffixDrafter(2, 4)
+    drafter.release(sequence([1, 2, 3, 4, 5]))
+    assert drafter.propose([work([9, 1, 2])]) == [[3, 4, 5]]
+    assert NgramDrafter(2, 4).propose([work([9, 1, 2])]) == [[]]
+
+
+def test_suffix_prefers_the_longer_match_and_its_own_on_ties() -> None:
+    drafter = SuffixDrafter(1, 4)
+    drafter.release(sequence([7, 1, 2, 5, 5]))
+    assert drafter.propose([work([1, 2, 8, 1, 2], 1)]) == [[8]]
+    assert drafter.propose([work([1, 2, 8, 7, 1, 2], 1, slot=1)]) == [[5]]
+
+
+def test_no_match_runs_over_the_seam_between_two_texts() -> None:
+    drafter = SuffixDrafter(2, 4)
+    drafter.release(sequence([5, 6]))
+    drafter.release(sequence([7, 8, 9]))
+    assert drafter.propose([work([0, 6, 7])]) == [[]]
+    assert drafter.propose([work([0, 5, 6], 1, slot=1)]) == [[-1]], "which the engine takes for the draft's end"
+
+
+def test_memory_is_bounded_by_two_generations() -> None:
+    drafter = SuffixDrafter(2, 4, remembered=10)
+    for start in range(0, 600, 6):
+        text = list(range(start, start + 6))
+        drafter.release(sequence(text))
+        assert drafter.propose([work([9999, *text[:2]], 1)]) == [[text[2]]], "the latest is always known"
+        drafter._own.clear()
+        kept = sum(len(index.tokens) for index in drafter._generations)
+        assert len(drafter._generations) <= 2 and kept <= 2 * (10 + 7)
+    assert drafter.propose([work([9999, 0, 1], 1)]) == [[]], "the oldest is forgotten"
+    previous = list(range(582, 588))
+    assert drafter.propose([work([9999, *previous[:2]], 1, slot=1)]) == [[584]], "at least `remembered` tokens stay"

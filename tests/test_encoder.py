@@ -1,0 +1,128 @@
+"""From calls to tokens: special tokens, chat templates, and what only a model can refuse."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from launcher.batch import BadRequest, Call, Encoder, parse
+from launcher.encoder import TokenizerError, seed_of
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'rogue' %}{{ raise_exception('no rogues') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def call(body: Any, url: str = COMPLETIONS, index: int = 0, custom_id: str = "a") -> Call:
+    return parse(index, json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body}).encode())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer that puts <s> before a text, with a chat template."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "<end>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["the quick brown fox", "hello world, hello", "what a lovely day"] * 5, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<end>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 8}))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def encoder(model: Path) -> Encoder:
+    return Encoder(model, max_model_len=64, vocab_size=400, job_seed=1)
+
+
+def test_text_gets_its_special_tokens_and_ids_do_not(encoder: Encoder) -> None:
+    request = encoder.encode(call({"prompt": "hello world"}, index=7))
+    plain = encoder.tokenizer("hello world", add_special_tokens=False).input_ids
+    assert request.index == 7 and request.prompt == (0, *plain) and request.params.max_tokens == 16
+    assert encoder.encode(call({"prompt": plain})).prompt == tuple(plain)
+
+
+def test_chat_goes_through_the_template(encoder: Encoder) -> None:
+    parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "world"}]
+    request = encoder.encode(call({"messages": [{"role": "user", "content": parts}]}, CHAT))
+    assert encoder.tokenizer.decode(request.prompt) == "<|user|>hello\nworld<end><|assistant|>"
+    assert request.prompt.count(1) == 1  # <end> is one token, and no <s> was added
+    assert request.params.max_tokens == 64 - len(request.prompt)
+
+
+def test_parameters_arrive(encoder: Encoder) -> None:
+    given = {"max_tokens": 9, "temperature": 0, "seed": -3, "stop": "z", "stop_token_ids": [5], "ignore_eos": True}
+    params = encoder.encode(call({"prompt": "hello", **given})).params
+    assert (params.max_tokens, params.temperature, params.seed) == (9, 0.0, -3)
+    assert (params.stop, params.stop_token_ids, params.ignore_eos) == (("z",), (5,), True)
+    assert encoder.encode(call({"prompt": "hello"})).params.temperature == 1.0
+
+
+@pytest.mark.parametrize(("length", "asked", "granted"), [(60, 100, 4), (63, 100, 1), (60, 3, 3), (60, None, 4)])
+def test_output_is_cut_to_what_fits(encoder: Encoder, length: int, asked: int | None, granted: int) -> None:
+    body = {"prompt": [5] * length, "max_tokens": asked}
+    assert encoder.encode(call(body)).params.max_tokens == granted
+
+
+@pytest.mark.parametrize(
+    ("body", "url", "code", "message"),
+    [
+        ({"prompt": [5] * 64}, COMPLETIONS, "context_length_exceeded", "the prompt is 64 tokens; 63 leave room"),
+        ({"prompt": "x" * 99}, COMPLETIONS, "context_length_exceeded", "the prompt is 100 tokens"),
+        (
+            {"prompt": [1, 400]},
+            COMPLETIONS,
+            "invalid_value",
+            "prompt: token id 400 is not in the vocabulary, which ends ",
+        ),
+        ({"prompt": "x", "stop_token_ids": [400]}, COMPLETIONS, "invalid_value", "stop_token_ids: token id 400"),
+        (
+            {"messages": [{"role": "rogue", "content": ""}]},
+            CHAT,
+            "invalid_value",
+            "messages: the chat template says: no",
+        ),
+    ],
+)
+def test_what_the_model_cannot_run(encoder: Encoder, body: Any, url: str, code: str, message: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        encoder.encode(call(body, url))
+    bad = caught.value
+    assert (bad.custom_id, bad.code) == ("a", code) and bad.message.startswith(message), bad.message
+
+
+def test_a_model_without_a_template_cannot_chat(model: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    with pytest.raises(BadRequest, match="no chat template") as caught:
+        Encoder(tmp_path, 64, 400, 1).encode(call({"messages": HELLO}, CHAT))
+    assert caught.value.code == "no_chat_template"
+
+
+def test_a_seed_is_a_function_of_job_and_name(encoder: Encoder, seed: int) -> None:
+    draw = random.Random(seed)
+    names = [f"request {draw.random()}" for _ in range(500)]
+    seeds = {seed_of(job, name) for name in names for job in (1, 2)}
+    assert len(seeds) == 1000 and all(0 <= value < 2**63 for value in seeds)
+    again = call({"prompt": "y"}, index=99, custom_id=names[0])
+    assert encoder.encode(again).params.seed == seed_of(1, names[0])
+    assert Encoder(encoder.tokenizer, 64, 400, 2).encode(again).params.seed == seed_of(2, names[0])
+    assert seed_of(0, "a") == 703136084044970374  # another formula would finish a half-done job differently
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="is not a directory"):
+        Encoder(tmp_path / "nowhere", 64, 400, 1)
+    with pytest.raises(TokenizerError, match="cannot load the tokenizer"):
+        Encoder(tmp_path, 64, 400, 1)

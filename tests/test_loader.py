@@ -1,0 +1,198 @@
+"""Model directories, whole and broken."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import config_of, make, on_ranks, prompts, ragged, run, save
+
+from runtime import checkpoint as checkpoint_module
+from runtime.checkpoint import INDEX, Checkpoint, ModelError
+from runtime.comm import Solo
+from runtime.model import load_model
+from runtime.shard import CannotShard, Span
+
+
+def change(directory: Path, edit: object) -> None:
+    """Rewrites the single weight file."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)  # type: ignore[operator]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def configure(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_slices_are_slices(seed: int, tmp_path: Path) -> None:
+    model = make("llama", seed)
+    save(model, tmp_path, sharded=True)
+    found = Checkpoint(tmp_path)
+    weights = model.state_dict()
+    assert found.shapes == {name: tuple(w.shape) for name, w in weights.items()}
+    for name, weight in weights.items():
+        assert torch.equal(found.read(name), weight)
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(found.read(down, Span(3, 9)), weights[down][3:9])
+    assert torch.equal(found.read(down, None, Span(32, 96)), weights[down][:, 32:96])
+    assert torch.equal(found.read("model.norm.weight", Span(1, 5)), weights["model.norm.weight"][1:5])
+    found.close()
+
+
+def test_single_and_sharded_files_are_the_same_model(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    model = make("qwen2", seed)
+    sequences = prompts(rng)
+    batches = ragged(sequences, rng, 9)
+    save(model, tmp_path / "one")
+    save(model, tmp_path / "many", sharded=True)
+    one, many = (load_model(config_of(tmp_path / name), Solo()) for name in ("one", "many"))
+    for a, b in zip(run(one, batches, 4), run(many, batches, 4), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_rank_reads_only_its_slices(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama", seed, hidden_size=256, head_dim=32, intermediate_size=1024)
+    save(model, tmp_path)
+    read: dict[int, int] = {}
+    plain = Checkpoint.read
+
+    def counting(self: Checkpoint, *args: object) -> torch.Tensor:
+        out = plain(self, *args)  # type: ignore[arg-type]
+        read[id(self)] = read.get(id(self), 0) + out.numel()
+        return out
+
+    monkeypatch.setattr(checkpoint_module.Checkpoint, "read", counting)
+    for quantization in ("none", "int4"):
+        read.clear()
+        on_ranks(4, lambda comm, q=quantization: load_model(config_of(tmp_path, quantization=q, group_size=32), comm))
+        assert len(read) == 4
+        assert all(count < 0.3 * model.num_parameters() for count in read.values())
+
+
+def test_dtypes(seed: int, tmp_path: Path) -> None:
+    save(make("llama", seed, torch.float16), tmp_path)
+    assert load_model(config_of(tmp_path), Solo()).dtype == torch.float16
+    assert load_model(config_of(tmp_path, dtype="bfloat16"), Solo()).dtype == torch.bfloat16
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("dtype")
+    path.write_text(json.dumps(config))
+    assert load_model(config_of(tmp_path), Solo()).dtype == torch.float16
+
+
+def test_digest_tells_models_apart(seed: int, tmp_path: Path) -> None:
+    digests = set()
+    for name, kind, shift in (("a", "llama", 0), ("b", "llama", 1), ("c", "mistral", 0)):
+        save(make(kind, seed + shift), tmp_path / name)
+        digests.add(Checkpoint(tmp_path / name).digest)
+        assert Checkpoint(tmp_path / name).digest in digests
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    assert Checkpoint(tmp_path / "copy").digest in digests
+    configure(tmp_path / "copy", rope_theta=1e6)
+    digests.add(Checkpoint(tmp_path / "copy").digest)
+    assert len(digests) == 4
+
+
+@pytest.fixture
+def single(seed: int, tmp_path: Path) -> Path:
+    return save(make("llama", seed), tmp_path)
+
+
+def refused(directory: Path, match: str, **changes: object) -> None:
+    with pytest.raises(ModelError, match=match):
+        load_model(config_of(directory, **changes), Solo())
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    refused(tmp_path / "none", "none")
+    refused(tmp_path, "config.json is missing")
+
+
+def test_missing_tensor(single: Path) -> None:
+    change(single, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(single, "lacks model.layers.1.mlp.up_proj.weight")
+
+
+def test_left_over_tensor(single: Path) -> None:
+    change(single, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(2)}))
+    refused(single, "has model.layers.0.mlp.up_proj.qweight, which")
+
+
+def test_frequencies_of_old_files_are_no_left_over(single: Path) -> None:
+    change(single, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}))
+    load_model(config_of(single), Solo())
+
+
+def test_wrong_shape(single: Path) -> None:
+    configure(single, intermediate_size=192)
+    refused(single, r"gate_proj.weight in .* is \[160, 64\], its config.json makes it \[192, 64\]")
+
+
+def test_wrong_dtype(single: Path) -> None:
+    change(single, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}))
+    refused(single, "model.norm.weight .* I8")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_file(single: Path, kept: int) -> None:
+    path = single / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(single, "model.safetensors cannot be used: .*; download the model again")
+
+
+def test_no_weights(single: Path) -> None:
+    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    refused(single, "neither model.safetensors nor")
+
+
+def test_broken_index(seed: int, tmp_path: Path) -> None:
+    save(make("llama", seed), tmp_path, sharded=True)
+    index = json.loads((tmp_path / INDEX).read_text())
+    name, file = next(iter(index["weight_map"].items()))
+
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | {name: "../elsewhere.safetensors"}}))
+    refused(tmp_path, "outside the model's directory")
+    other = next(f for f in index["weight_map"].values() if f != file)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | {name: other}}))
+    refused(tmp_path, f"{name} is in {other}")
+    (tmp_path / INDEX).write_text("{")
+    refused(tmp_path, f"{INDEX} is not an index")
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    (tmp_path / file).unlink()
+    refused(tmp_path, f"{file}, which .* names, is not there; download")
+
+
+def test_what_cannot_run_is_refused(single: Path) -> None:
+    for values, match in [
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
+        ({"model_type": "no_such_model"}, "describes no model"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"head_dim": None, "num_attention_heads": 8, "hidden_size": 64.5}, "config.json"),
+    ]:
+        before = (single / "config.json").read_text()
+        configure(single, **values)
+        refused(single, match)
+        (single / "config.json").write_text(before)
+
+
+def test_groups_that_do_not_fit(seed: int, tmp_path: Path) -> None:
+    save(make("llama", seed, intermediate_size=96), tmp_path)
+    refused(tmp_path, "down_proj.weight .* groups of 64; use another model.group_size", quantization="int4", group_size=64)
+
+
+def test_weights_that_are_not_finite(single: Path) -> None:
+    change(single, lambda t: t["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
+    refused(single, "up_proj.weight cannot be quantised", quantization="int4", group_size=32)
+
+
+def test_too_many_ranks(single: Path) -> None:
+    with pytest.raises(CannotShard, match=r"KV heads: 4 .* set parallel.tensor to 4 or less"):
+        on_ranks(5, lambda comm: load_model(config_of(single), comm))

@@ -1,0 +1,109 @@
+"""The first promise: one (model, prompt, parameters, seed), the same tokens, whatever else is different."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+from functools import cache
+
+import pytest
+from transformers import AutoTokenizer
+
+from runtime.request import Request, SamplingParams
+from tests.driver import demo_config, run
+
+NUM_REQUESTS, NUM_LONG = 16, 4
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    """One seed for all tests here, so that they share what plain decoding gives."""
+    value = int(os.environ.get("QUASAR_SEED") or secrets.randbits(31))
+    print(f"QUASAR_SEED={value}")
+    return value
+
+
+@cache
+def requests(seed: int) -> tuple[Request, ...]:
+    """Prompts of random lengths cut out of this file and its neighbours, greedy and sampled, of random lengths."""
+    rng = random.Random(seed)
+    tokenizer = AutoTokenizer.from_pretrained("configs/demo/target")
+    with open("runtime/coordinator.py") as file:
+        tokens = tokenizer(file.read()).input_ids
+    made = []
+    for index in range(NUM_REQUESTS - NUM_LONG):
+        start, length = rng.randrange(len(tokens) - 200), rng.choice([1, 2, 15, 16, 17, 60, 150])
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 0.8, 1.3]),
+            seed=rng.randrange(2**63),
+            max_tokens=rng.choice([1, 2, 24, 48, 80]),
+            ignore_eos=rng.random() < 0.5,
+            stop_token_ids=tuple(rng.sample(range(300), 2)) if rng.random() < 0.5 else (),
+            stop=(f" {rng.randrange(300)} ",) if rng.random() < 0.3 else (),
+        )
+        made.append(Request(index, tuple(tokens[start : start + length]), params))
+    for index in range(NUM_REQUESTS - NUM_LONG, NUM_REQUESTS):  # what fills a small cache for certain
+        params = SamplingParams(temperature=0.6, seed=index, max_tokens=100, ignore_eos=True)
+        made.append(Request(index, tuple(tokens[index : index + 20]), params))
+    return tuple(made)
+
+
+@cache
+def plain(seed: int, quantization: str, dtype: str) -> dict[int, tuple[tuple[int, ...], str, str]]:
+    """Every request decoded alone, one token at a time."""
+    config = demo_config(
+        f"model.quantization={quantization}", f"model.dtype={dtype}", "speculation.method=none", "engine.max_num_seqs=1",
+        "engine.max_num_batched_tokens=2048",
+    )  # fmt: skip
+    return {request.index: outcome(run(config, [request]).completions[request.index]) for request in requests(seed)}
+
+
+def outcome(completion):
+    return completion.tokens, completion.text, completion.finish_reason
+
+
+SETTINGS = {
+    "ngram": ["speculation.method=ngram", "speculation.num_speculative_tokens=3"],
+    "suffix": ["speculation.method=suffix", "speculation.num_speculative_tokens=7"],
+    "model": ["speculation.method=model", "speculation.num_speculative_tokens=4"],
+    "k=1": ["speculation.num_speculative_tokens=1"],
+    "k=0": ["speculation.num_speculative_tokens=0"],
+    "one at a time": ["engine.max_num_seqs=1"],
+    "coordinator merges": ["coordination.merge=coordinator", "speculation.method=model"],
+    "lease of 1": ["coordination.lease=1"],
+    "lease of 8": ["coordination.lease=8", "speculation.method=suffix"],
+    "small chunks": ["engine.max_num_batched_tokens=29"],
+    "blocks of 8, small cache": ["engine.block_size=8", "engine.kv_cache_memory={small}", "speculation.method=model"],
+    "small cache, coordinator merges": ["engine.kv_cache_memory={small}", "coordination.merge=coordinator"],
+    "two threads": ["engine.threads=2"],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_tokens(name: str, seed: int) -> None:
+    check(name, seed, "int4", "auto")
+
+
+@pytest.mark.parametrize("name", ["model", "small cache, coordinator merges", "small chunks"])
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "auto"), ("none", "float32"), ("int4", "float32")])
+def test_same_tokens_in_other_arithmetic(name: str, quantization: str, dtype: str, seed: int) -> None:
+    check(name, seed, quantization, dtype)
+
+
+def check(name: str, seed: int, quantization: str, dtype: str) -> None:
+    settings = [s.format(small=small_cache("model" in " ".join(SETTINGS[name]), dtype)) for s in SETTINGS[name]]
+    config = demo_config(f"model.quantization={quantization}", f"model.dtype={dtype}", *settings)
+    job = run(config, requests(seed))
+    expected = plain(seed, quantization, dtype)
+    assert {index: outcome(completion) for index, completion in job.completions.items()} == expected
+    assert all(group.pool.num_free == group.pool.size for group in job.machine._ready.values())
+    if "small cache" in name:
+        assert job.admissions > NUM_REQUESTS, "the cache was large enough after all"
+
+
+def small_cache(with_draft: bool, dtype: str) -> int:
+    """Bytes for some 230 tokens: one of these sequences fits, two large ones do not."""
+    width = 4 if dtype == "float32" else 2
+    target, draft = 2 * 4 * 4 * 64 * width, 2 * 2 * 2 * 32 * width  # keys and values, layers, KV heads, head_dim
+    return 230 * (target + (draft if with_draft else 0))

@@ -1,0 +1,173 @@
+"""Makes a rank's engine out of a configuration: communicator, model, cache, drafter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.schema import RunConfig
+from runtime.blocks import blocks_for
+from runtime.clock import Clock
+from runtime.comm import Communicator, SharedMemory, Solo, TorchGroup
+from runtime.drafting.drafter import Drafter, NgramDrafter, NoDrafter, SuffixDrafter
+from runtime.drafting.model import ModelDrafter
+from runtime.engine import Engine
+from runtime.kernels.build import BuildError
+from runtime.kv_cache import KVCache
+from runtime.messages import Hello
+from runtime.model import Model, load_model
+from workers.memory import free_memory
+from workers.metered import Metered
+
+log = logging.getLogger(__name__)
+
+
+class BuildRefused(Exception):
+    """The configuration asks for what this machine or these models cannot give; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands: rank of the job, its group's number and ranks, and who shares its host.
+
+    job: a name that no other job on these hosts has. store: torch's key-value store, None where no launcher gave one.
+    """
+
+    rank: int
+    group: int
+    groups: list[tuple[int, ...]]
+    local_rank: int
+    local_size: int
+    one_host: bool
+    job: str
+    store: Any = None
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self.groups[self.group]
+
+
+def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
+    """This rank's engine and what it tells the coordinator. Raises BuildRefused, ModelError, CannotShard, PeerLost."""
+    device = choose_device(config.engine.device, place)
+    if config.engine.threads is not None or device.type == "cpu":
+        torch.set_num_threads(config.engine.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
+    clock = Clock()
+    comm = Metered(connect(config, place, device), clock)
+    model = load_model(config.model, comm, device)
+    longest = min(config.engine.max_model_len or model.max_model_len, model.max_model_len)
+    replica = load_replica(config, model, device)
+    num_blocks = size_cache(config, place, device, longest, [model] if replica is None else [model, replica])
+    block_size = config.engine.block_size
+    cache = KVCache(model.cache_shape, num_blocks, block_size, model.dtype, device)
+    drafter = make_drafter(config, replica, num_blocks, device)
+    engine = Engine(model, cache, comm, drafter, config.engine.max_num_batched_tokens, config.speculation.width, clock)
+    settings = config.model_dump_json(exclude={"files"}) + model.digest + (replica.digest if replica else "")
+    hello = Hello(
+        rank=place.rank,
+        group=place.group,
+        digest=blake2b(settings.encode(), digest_size=16).hexdigest(),
+        num_blocks=num_blocks,
+        max_model_len=longest,
+        vocab_size=model.vocab_size,
+        end_tokens=sorted(model.end_tokens),
+    )
+    return engine, hello
+
+
+def choose_device(wanted: str, place: Place) -> torch.device:
+    """The device of this rank: its own GPU where there is one, unless told otherwise."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise BuildRefused("engine.device is cuda, and torch sees no CUDA device; set it to cpu or auto")
+    if place.local_rank >= torch.cuda.device_count():
+        raise BuildRefused(
+            f"rank {place.rank} is number {place.local_rank} on its host, which has {torch.cuda.device_count()} GPUs; "
+            "start at most one rank per GPU"
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def connect(config: RunConfig, place: Place, device: torch.device) -> Communicator:
+    """How this rank talks to its group: memory on one host, NCCL between GPUs, gloo between hosts."""
+    members, timeout = place.members, config.coordination.timeout
+    rank = members.index(place.rank)
+    if len(members) == 1:
+        return Solo()
+    if device.type == "cpu" and place.one_host:
+        try:
+            return SharedMemory(f"{place.job}-{place.group}", rank, len(members), timeout)
+        except BuildError as error:
+            log.warning("falling back to gloo between the ranks of this host, which is many times slower: %s", error)
+    if place.store is None:
+        raise BuildRefused("these ranks need torch's rendezvous: start them with deepspeed, torchrun or mpirun")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=place.store,
+        rank=place.rank,
+        world_size=sum(map(len, place.groups)),
+        timeout=timedelta(seconds=timeout),
+    )
+    mine = [dist.new_group(list(ranks)) for ranks in place.groups][place.group]
+    return TorchGroup(mine)
+
+
+def load_replica(config: RunConfig, target: Model, device: torch.device) -> Model | None:
+    """The draft model, whole and unquantised, for method: model."""
+    directory = config.speculation.model
+    if config.speculation.method != "model" or directory is None or config.speculation.width == 0:
+        return None
+    check_same_words(Path(config.model.target), Path(directory))
+    draft_config = config.model.model_copy(update={"target": directory, "quantization": "none"})
+    return load_model(draft_config, Solo(), device)
+
+
+def check_same_words(target: Path, draft: Path) -> None:
+    """Raises BuildRefused unless both tokenizers give the same ids to the same words; either may have unused ids more."""
+    try:
+        words = [json.loads((path / "tokenizer.json").read_text())["model"]["vocab"] for path in (target, draft)]
+    except (OSError, KeyError, ValueError):
+        log.warning("cannot compare the tokenizers of %s and %s: one has no readable tokenizer.json", target, draft)
+        return
+    if words[0] != words[1]:
+        raise BuildRefused(
+            f"speculation.model {draft} has another vocabulary than {target}: its drafts would mean other words"
+        )
+
+
+def size_cache(config: RunConfig, place: Place, device: torch.device, longest: int, models: list[Model]) -> int:
+    """Blocks of this rank's KV cache, over all of its models."""
+    engine = config.engine
+    each = sum(KVCache.bytes_per_block(m.cache_shape, engine.block_size, m.dtype) for m in models)
+    if engine.kv_cache_memory is not None:
+        blocks = engine.kv_cache_memory // each
+        if blocks == 0:
+            raise BuildRefused(f"engine.kv_cache_memory {engine.kv_cache_memory} holds no block of {each} bytes; raise it")
+        return blocks
+    sharing = place.local_size if device.type == "cpu" else 1
+    affordable = free_memory(device) // 2 // sharing // each
+    return max(1, min(engine.max_num_seqs * blocks_for(longest, engine.block_size), affordable))
+
+
+def make_drafter(config: RunConfig, replica: Model | None, num_blocks: int, device: torch.device) -> Drafter:
+    """The drafter that `speculation.method` names."""
+    speculation, engine = config.speculation, config.engine
+    shortest, longest = speculation.prompt_lookup_min, speculation.prompt_lookup_max
+    if replica is not None:
+        cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, replica.dtype, device)
+        return ModelDrafter(replica, cache, engine.max_num_batched_tokens)
+    if speculation.width == 0:
+        return NoDrafter()
+    return (SuffixDrafter if speculation.method == "suffix" else NgramDrafter)(shortest, longest)

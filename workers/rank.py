@@ -1,0 +1,106 @@
+"""The life of a rank: load, say hello, carry out plans until the coordinator says stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.engine import Engine, Round
+from runtime.messages import Admission, Farewell, Plan, Report, Stop, Verdict
+from runtime.sequence import Sequence
+from workers.memory import peak_memory
+from workers.transport import Client
+
+
+@dataclass(slots=True)
+class Rank:
+    """Carries out plans on an engine and answers for them.
+
+    leads: whether this rank's reports carry the decisions. merge: "group" decides here, for all rounds of a plan;
+    "coordinator" sends a verdict and hears the decision with the next plan.
+    """
+
+    rank: int
+    leads: bool
+    merge: str
+    engine: Engine
+    client: Client
+    _digest: bytes = b""
+    _undecided: Round | None = None
+    _rounds: int = 0
+
+    def run(self) -> Stop:
+        """Works until told to stop, and says farewell. The watchdog bounds the wait for the coordinator."""
+        while True:
+            with self.engine.clock.part("coordinate"):
+                message = self.client.receive(None)
+            if isinstance(message, Stop):
+                seconds = self.engine.clock.seconds
+                self.client.send(Farewell(self.rank, self._rounds, dict(seconds), peak_memory()))
+                return message
+            if isinstance(message, Plan):
+                if message.number == 1:
+                    self.engine.clock.seconds.clear()  # waiting for the others to load is no part of any round
+                self._carry_out(message)
+
+    def _carry_out(self, plan: Plan) -> None:
+        engine = self.engine
+        if plan.decision is not None and self._undecided is not None:
+            engine.apply(self._undecided, plan.decision)
+        for slot in plan.release:
+            engine.release(slot)
+        for newcomer in plan.admit:
+            engine.admit(admit(newcomer))
+        for slot, blocks in plan.tables.items():
+            engine.sequences[slot].blocks = blocks
+        if self.merge == "coordinator":
+            self._vote(plan)
+        else:
+            self._decide(plan)
+
+    def _decide(self, plan: Plan) -> None:
+        """Runs the plan's rounds within the group; the coordinator hears of each while the next is under way."""
+        for left in reversed(range(plan.rounds)):
+            round_ = self.engine.draft()
+            scores, ids = self.engine.verify(round_)
+            decision = self.engine.agree(round_, scores, ids)
+            self.engine.apply(round_, decision)
+            self._digest = decision.digest(self._digest)
+            last = left == 0 or not round_.works
+            self._rounds += len(round_.works) > 0
+            with self.engine.clock.part("coordinate"):
+                self.client.send(Report(self.rank, plan.number, self._digest, last, decision if self.leads else None))
+            if last:
+                return
+
+    def _vote(self, plan: Plan) -> None:
+        round_ = self._undecided = self.engine.draft()
+        scores, ids = self.engine.verify(round_)
+        self._rounds += len(round_.works) > 0
+        verdict = Verdict(
+            rank=self.rank,
+            plan=plan.number,
+            slots=round_.slots,
+            decides=round_.decides.astype(np.int32),
+            num_drafts=round_.num_drafts,
+            drafts=round_.drafts,
+            scores=scores,
+            ids=ids,
+        )
+        with self.engine.clock.part("coordinate"):
+            self.client.send(verdict)
+
+
+def admit(newcomer: Admission) -> Sequence:
+    """The rank's own copy of a sequence."""
+    return Sequence(
+        index=newcomer.index,
+        slot=newcomer.slot,
+        tokens=list(newcomer.tokens),
+        num_prompt=newcomer.num_prompt,
+        limit=newcomer.limit,
+        ends=frozenset(newcomer.ends),
+        temperature=newcomer.temperature,
+        seed=newcomer.seed,
+    )
