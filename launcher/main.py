@@ -88,6 +88,9 @@ def run_coordinator(config: RunConfig, given: argparse.Namespace) -> int:
 
 def run_rank(config: RunConfig, given: argparse.Namespace, topology: Topology) -> int:
     """Joins the job as this rank; the first rank brings the coordinator along."""
+    # How long OpenMP's threads spin before they sleep, read as torch loads. By default long enough that one other busy
+    # process on the machine makes everything many times slower; CONTRIBUTING.md has the numbers.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from workers.build import Place
     from workers.life import live
 
