@@ -105,13 +105,16 @@ def choose_device(wanted: str, place: Place) -> torch.device:
 
 def connect(config: RunConfig, place: Place, device: torch.device) -> Communicator:
     """How this rank talks to its group: memory on one host, NCCL between GPUs, gloo between hosts."""
-    members, timeout = place.members, config.coordination.timeout
-    rank = members.index(place.rank)
+    members, rank = place.members, place.members.index(place.rank)
+    # Ranks may come minutes apart; once all are there, a collective takes as long as a forward at most.
+    patience, timeout = config.coordination.startup_timeout, config.coordination.timeout
     if len(members) == 1:
         return Solo()
     if device.type == "cpu" and place.one_host:
         try:
-            return SharedMemory(f"{place.job}-{place.group}", rank, len(members), timeout)
+            memory = SharedMemory(f"{place.job}-{place.group}", rank, len(members), patience)
+            memory.timeout = timeout
+            return memory
         except BuildError as error:
             log.warning("falling back to gloo between the ranks of this host, which is many times slower: %s", error)
     if device.type == "cpu" and (interface := interface_to(os.environ.get("MASTER_ADDR", ""))):
@@ -122,10 +125,10 @@ def connect(config: RunConfig, place: Place, device: torch.device) -> Communicat
         init_method=None if place.store is not None else "env://",
         rank=place.rank,
         world_size=sum(map(len, place.groups)),
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=patience),
     )
-    mine = [dist.new_group(list(ranks)) for ranks in place.groups][place.group]
-    return TorchGroup(mine)
+    made = [dist.new_group(list(ranks), timeout=timedelta(seconds=timeout)) for ranks in place.groups]
+    return TorchGroup(made[place.group])
 
 
 def interface_to(host: str) -> str | None:
