@@ -85,14 +85,14 @@ class Siblings:
             raise ValueError(f"widths {list(widths)} don't add up to {product.out_features} outputs")
         self.product = product
         self.bias = bias
-        self._widths = list(widths)
+        self.widths = tuple(widths)
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, index: int) -> Tensor:
         """[..., K] -> [..., width of sibling `index`]."""
         if self._input is not x or index not in self._outputs:
-            self._input, self._outputs = x, dict(enumerate(self._compute(x).split(self._widths, dim=-1)))
+            self._input, self._outputs = x, dict(enumerate(self.together(x).split(self.widths, dim=-1)))
         out = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
@@ -102,7 +102,8 @@ class Siblings:
     def nbytes(self) -> int:
         return self.product.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def together(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., sum of widths]: all siblings side by side."""
         out = self.product(x.reshape(-1, self.product.in_features))
         if self.bias is not None:
             out = out + self.bias
@@ -117,18 +118,18 @@ class ColumnParallel(nn.Module):
     ) -> None:
         super().__init__()
         self.siblings = siblings
-        self._index = index
+        self.index = index
         self._comm = comm
-        self._gathered = list(gathered) if comm is not None and comm.size > 1 else []
+        self.gathered = list(gathered) if comm is not None and comm.size > 1 else []
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.siblings(x, self._index)
-        if not self._gathered:
+        out = self.siblings(x, self.index)
+        if not self.gathered:
             return out
         assert self._comm is not None
-        widest = max(span.width for span in self._gathered)
+        widest = max(span.width for span in self.gathered)
         parts = self._comm.all_gather(functional.pad(out, (0, widest - out.shape[-1])))
-        return torch.cat([part[..., : s.width] for part, s in zip(parts, self._gathered, strict=True)], dim=-1)
+        return torch.cat([part[..., : s.width] for part, s in zip(parts, self.gathered, strict=True)], dim=-1)
 
 
 class RowParallel(nn.Module):
@@ -142,11 +143,11 @@ class RowParallel(nn.Module):
         self.product = product
         self.bias = bias
         self._comm = comm
-        self._taken = taken
+        self.taken = taken
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._taken is not None:
-            x = x[..., self._taken.start : self._taken.stop]
+        if self.taken is not None:
+            x = x[..., self.taken.start : self.taken.stop]
         out = self.product(x.reshape(-1, self.product.in_features)).view(*x.shape[:-1], -1)
         if self._comm.size > 1:
             out = self._comm.all_reduce(out)

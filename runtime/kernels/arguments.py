@@ -7,6 +7,7 @@ from runtime.kernels.packed import ACTIVATIONS, PackedInt4, PackedInt8
 from runtime.quantize.int4 import Int4Weight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+GATES = ("silu", "gelu_tanh")
 
 
 def _need(condition: bool, what: str) -> None:
@@ -66,3 +67,38 @@ def check_best(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: T
     _need(temperatures.shape == shape and temperatures.dtype == torch.float32, f"temperatures must be float32 {shape}")
     _need(seeds.shape == shape and seeds.dtype == torch.int64, f"seeds must be int64 {shape}")
     _need(positions.shape == shape and positions.dtype == torch.int64, f"positions must be int64 {shape}")
+
+
+def check_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    """Raises ValueError unless the arguments of `rms_norm` fit each other."""
+    _need(x.dim() == 2 and x.dtype in FLOATS, "x is [M, W] of bfloat16, float16 or float32")
+    _need(weight.shape == x.shape[1:] and weight.dtype == torch.float32, f"weight must be float32 [{x.shape[1]}]")
+    _need(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype), "the residual isn't like x")
+
+
+def check_rotary(
+    qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
+    key_cache: Tensor, value_cache: Tensor, slots: Tensor,
+) -> int:  # fmt: skip
+    """The number of query heads. Raises ValueError unless the arguments of `rotary_write` fit each other."""
+    _need(qkv.dim() == 2 and key_cache.dim() == 4, "the projection is [T, (H + 2 KV) * D], caches [B, KV, S, D]")
+    tokens, (_, kv_heads, _, dim) = len(qkv), key_cache.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    _need(heads > 0 and qkv.shape[1] % dim == 0, f"{qkv.shape[1]} outputs are no heads of {dim} over {kv_heads} of keys")
+    _need(key_cache.shape == value_cache.shape, "the caches differ in shape")
+    _need(qkv.dtype in FLOATS, f"the projection is bfloat16, float16 or float32, not {qkv.dtype}")
+    same = {qkv.dtype, cos.dtype, sin.dtype, key_cache.dtype, value_cache.dtype}
+    _need(len(same) == 1, "projection, angles and caches differ in dtype")
+    _need(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches must be contiguous")
+    _need(cos.shape == sin.shape and cos.dim() == 2 and len(cos) == tokens, f"cos and sin are [{tokens}, R]")
+    _need(cos.shape[1] % 2 == 0 and cos.shape[1] <= dim, f"{cos.shape[1]} dimensions of {dim} cannot turn")
+    for norm in (query_norm, key_norm):
+        _need(norm is None or (norm.shape == (dim,) and norm.dtype == torch.float32), f"norms are float32 [{dim}]")
+    _need(slots.shape == (tokens,) and slots.dtype == torch.int64, f"slots must be int64 [{tokens}]")
+    return heads
+
+
+def check_gated(both: Tensor, activation: str) -> None:
+    """Raises ValueError unless the arguments of `gated` are what it knows."""
+    _need(both.dim() == 2 and both.shape[1] % 2 == 0 and both.dtype in FLOATS, "gates and ups are float [M, 2 I]")
+    _need(activation in GATES, f"activations are {', '.join(GATES)}, not {activation!r}")
