@@ -59,6 +59,14 @@ def check_linear(x: Tensor, packed: PackedInt4 | PackedInt8) -> None:
     _need(x.dtype in FLOATS, f"products take bfloat16, float16 or float32, not {x.dtype}")
 
 
+def check_dense(x: Tensor, weight: Tensor, alignment: int) -> None:
+    """Raises ValueError unless x [M, K] fits the weight [N, K], which lies as libraries like it."""
+    _need(x.dim() == 2 and weight.dim() == 2, "x is [M, K], a weight [N, K]")
+    _need(x.shape[1] == weight.shape[1], f"x is {tuple(x.shape)}, not [M, {weight.shape[1]}]")
+    _need(x.dtype == weight.dtype and x.dtype in FLOATS, f"x is {x.dtype}, the weight {weight.dtype}")
+    _need(weight.is_contiguous() and weight.data_ptr() % alignment == 0, "a weight is contiguous and aligned")
+
+
 def check_best(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> None:
     """Raises ValueError unless the arguments of `best_tokens` fit each other."""
     _need(logits.dim() == 2 and logits.shape[1] > 0, "logits are [R, V] with V of 1 or more")

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from runtime.kernels import reference
 from runtime.kernels.arguments import (
     check_attention,
     check_best,
+    check_dense,
     check_gated,
     check_linear,
     check_norm,
@@ -23,6 +25,7 @@ TILE = 16  # outputs that lie side by side in a packed weight
 
 load_extension()
 _ops = torch.ops.quasar
+_HAS_DENSE: bool = _ops.has_dense()
 
 
 def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -40,6 +43,15 @@ def paged_attention(
         query.contiguous(), key_cache, value_cache, tables.contiguous(), rows.contiguous(), positions.contiguous(),
         scale, window, soft_cap, sinks,
     )  # fmt: skip
+    return result
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    # Which of the two never depends on the rows: their sums aren't in the same order.
+    if not _HAS_DENSE or weight.dtype != torch.bfloat16 or weight.shape[1] % 32:
+        return reference.dense_linear(x, weight)
+    check_dense(x, weight, reference.ALIGNMENT)
+    result: Tensor = _ops.dense_linear(x.contiguous(), weight)
     return result
 
 

@@ -7,7 +7,7 @@ of integers are exact, and nothing else adds.
 import torch
 from torch import Tensor
 
-from runtime.kernels.arguments import check_attention, check_best, check_linear, check_pack, check_write
+from runtime.kernels.arguments import check_attention, check_best, check_dense, check_linear, check_pack, check_write
 from runtime.kernels.folding import exp, fold, tanh
 from runtime.kernels.packed import PackedInt4, PackedInt8
 from runtime.kernels.reference_layer import gated, rms_norm, rotary_write
@@ -16,10 +16,15 @@ from runtime.quantize.int4 import Int4Weight
 from runtime.quantize.int8 import Int8Weight
 
 __all__ = [
-    "best_tokens", "gated", "int4_linear", "int8_linear", "pack_int4", "pack_int8", "paged_attention", "rms_norm",
-    "rotary_write", "write_cache",
+    "best_tokens", "dense_linear", "gated", "int4_linear", "int8_linear", "pack_int4", "pack_int8", "paged_attention",
+    "rms_norm", "rotary_write", "write_cache",
 ]  # fmt: skip
 
+# Rows that a dense product computes at a time, always exactly so many. Libraries choose their kernel, and with it the
+# order of additions, by the number of rows (bfloat16 and float32 alike); with that number fixed a row's bits depend
+# neither on its place nor on the others. A CPU takes little longer for 32 rows of 16 bit than for one, a GPU for 64.
+CHUNK = {"cpu": 32, "cuda": 64}
+ALIGNMENT = 64  # bytes; a library may treat the ends of an unaligned matrix otherwise
 PIECE = 64  # keys that are merged at a time
 ELEMENTS = 1 << 24  # of the largest temporary
 
@@ -61,6 +66,22 @@ def paged_attention(
         for i in range(0, len(query), step)
     ]  # fmt: skip
     return torch.cat(parts).to(query.dtype) if parts else torch.empty_like(query)
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K], weight [N, K], both bfloat16, float16 or float32 -> [M, N] of that dtype, sums in float32 or wider.
+
+    The weight is contiguous and begins at a multiple of ALIGNMENT bytes. Raises ValueError for shapes and dtypes.
+    """
+    check_dense(x, weight, ALIGNMENT)
+    count, chunk = len(x), CHUNK.get(weight.device.type, 32)
+    if count % chunk or not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
+        padded = x.new_zeros(-(-count // chunk) * chunk, x.shape[1])
+        padded[:count] = x
+        x = padded
+    if count <= chunk:
+        return torch.nn.functional.linear(x, weight)[:count]
+    return torch.cat([torch.nn.functional.linear(rows, weight) for rows in x.split(chunk)])[:count]
 
 
 def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
