@@ -29,8 +29,10 @@ from runtime.model import Model, load_model
 BLOCK = 16
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "none, 16bit head": {"quantization": "none"},
-    "int4, int8 activations, 16bit head": {"activations": "int8"},
-    "int4, 16bit activations, 16bit head": {"activations": "16bit"},
+    "none, int8 head": {"quantization": "none", "lm_head": "int8"},
+    "int4 + int8, 16bit head": {"activations": "int8"},
+    "int4 + int8, int8 head": {"activations": "int8", "lm_head": "int8"},
+    "int4 + 16bit, int8 head": {"activations": "16bit", "lm_head": "int8"},
 }
 
 
@@ -70,6 +72,43 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
+class Timed:
+    """The extension's operations, which add up the seconds that calls take."""
+
+    def __init__(self, operations: Any) -> None:
+        self.seconds = 0.0
+        self._operations = operations
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = getattr(self._operations, name)
+
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = operation(*arguments)
+            self.seconds += time.perf_counter() - start
+            return result
+
+        return call
+
+
+def outside(run: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Milliseconds of a pass that are not in the kernels, and of the whole pass: medians."""
+    from runtime.kernels import cpu
+
+    module: Any = cpu
+    operations, spent = module._ops, []
+    try:
+        for _ in range(repeats + 1):
+            module._ops = timed = Timed(operations)
+            start = time.perf_counter()
+            run()
+            whole = time.perf_counter() - start
+            spent.append((1e3 * (whole - timed.seconds), 1e3 * whole))
+    finally:
+        module._ops = operations
+    return statistics.median(rest for rest, _ in spent[1:]), statistics.median(whole for _, whole in spent[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
@@ -98,6 +137,10 @@ def main() -> None:
             found = interleaved(runs, given.repeats)
             cells = [f"{ms:.1f} ({found[names[0]] / ms:.2f}x)" for ms in found.values()]
             print(f"| {rows} | " + " | ".join(cells) + " |", flush=True)
+        print()
+        for name, model in models.items():
+            rest, whole = outside(ours(model, given.context, given.rows[0]), 4 * given.repeats)
+            print(f"{name}, {given.rows[0]} row: {rest:.1f} of {whole:.1f} ms outside the kernels ({rest / whole:.0%})")
 
 
 if __name__ == "__main__":
