@@ -46,6 +46,11 @@ class ModelConfig(Section):
         description="what int4 weights are multiplied with; int8 is rounded on the fly, a scale per row and group; "
         "auto is int8 on a CPU and 16bit on a GPU",
     )
+    lm_head: Literal["16bit", "int8"] = Field(
+        "16bit",
+        description="how the output head is held; int8 has a scale per token of the vocabulary, rounds what it is "
+        "multiplied with too, and halves what a round reads of it",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="of activations, cache and unquantised weights; auto takes the checkpoint's"
     )

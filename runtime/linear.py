@@ -1,6 +1,6 @@
 """Linear layers and the embedding as one rank holds them.
 
-A *product* is a weight and how x is multiplied with it: `Dense` or `Int4`. `ColumnParallel` and `RowParallel` are the
+A *product* is a weight and how x is multiplied with it: `Dense`, `Int4` or `Int8`. `ColumnParallel` and `RowParallel` are the
 modules that stand in for `nn.Linear`. A row's result has the same bits whatever rows stand beside it.
 """
 
@@ -15,15 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from runtime.comm import Communicator
-from runtime.kernels.packed import PackedInt4
+from runtime.kernels import select
+from runtime.kernels.packed import PackedInt4, PackedInt8
+from runtime.kernels.reference import ALIGNMENT
 from runtime.shard import Span
-
-# Rows that a dense product computes at a time, always exactly so many. Libraries choose their kernel, and with it the
-# order of additions, by the number of rows (bfloat16 and float32 alike); with that number fixed a row's bits depend
-# neither on its place nor on the others (`tests/test_linear.py`). A CPU takes little longer for 32 rows of 16 bit than
-# for one, a GPU for 64.
-CHUNK = {"cpu": 32, "cuda": 64}
-ALIGNMENT = 64  # bytes; a library may treat the ends of an unaligned matrix otherwise
 
 
 class Product(Protocol):
@@ -38,23 +33,18 @@ class Product(Protocol):
 
 
 class Dense:
-    """A weight [N, K] in the model's dtype."""
+    """A weight [N, K] in the model's dtype. kernels: those of its device, if not given."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight if _aligned(weight) else torch.empty_like(weight).copy_(weight)
+    def __init__(self, weight: Tensor, kernels: ModuleType | None = None) -> None:
+        aligned = weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0
+        self.weight = weight if aligned else torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(weight)
         self.out_features, self.in_features = weight.shape
         self.nbytes = weight.nbytes
-        self._chunk = CHUNK.get(weight.device.type, 32)
+        self._product = (kernels or select(weight.device)).dense_linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        count, chunk = len(x), self._chunk
-        if count % chunk or not _aligned(x):
-            padded = x.new_zeros(-(-count // chunk) * chunk, self.in_features)
-            padded[:count] = x
-            x = padded
-        if count <= chunk:
-            return functional.linear(x, self.weight)[:count]
-        return torch.cat([functional.linear(rows, self.weight) for rows in x.split(chunk)])[:count]
+        out: Tensor = self._product(x, self.weight)
+        return out
 
 
 class Int4:
@@ -73,6 +63,20 @@ class Int4:
         return out
 
 
+class Int8:
+    """A weight that `kernels.pack_int8` has packed."""
+
+    def __init__(self, packed: PackedInt8, kernels: ModuleType) -> None:
+        self.packed = packed
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.nbytes = packed.nbytes
+        self._product = kernels.int8_linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self._product(x, self.packed)
+        return out
+
+
 class Siblings:
     """Products of the same input in one: a module's q, k and v, or gate and up.
 
@@ -85,14 +89,14 @@ class Siblings:
             raise ValueError(f"widths {list(widths)} don't add up to {product.out_features} outputs")
         self.product = product
         self.bias = bias
-        self._widths = list(widths)
+        self.widths = tuple(widths)
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, index: int) -> Tensor:
         """[..., K] -> [..., width of sibling `index`]."""
         if self._input is not x or index not in self._outputs:
-            self._input, self._outputs = x, dict(enumerate(self._compute(x).split(self._widths, dim=-1)))
+            self._input, self._outputs = x, dict(enumerate(self.together(x).split(self.widths, dim=-1)))
         out = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
@@ -102,7 +106,8 @@ class Siblings:
     def nbytes(self) -> int:
         return self.product.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def together(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., sum of widths]: all siblings side by side."""
         out = self.product(x.reshape(-1, self.product.in_features))
         if self.bias is not None:
             out = out + self.bias
@@ -117,18 +122,18 @@ class ColumnParallel(nn.Module):
     ) -> None:
         super().__init__()
         self.siblings = siblings
-        self._index = index
+        self.index = index
         self._comm = comm
-        self._gathered = list(gathered) if comm is not None and comm.size > 1 else []
+        self.gathered = list(gathered) if comm is not None and comm.size > 1 else []
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.siblings(x, self._index)
-        if not self._gathered:
+        out = self.siblings(x, self.index)
+        if not self.gathered:
             return out
         assert self._comm is not None
-        widest = max(span.width for span in self._gathered)
+        widest = max(span.width for span in self.gathered)
         parts = self._comm.all_gather(functional.pad(out, (0, widest - out.shape[-1])))
-        return torch.cat([part[..., : s.width] for part, s in zip(parts, self._gathered, strict=True)], dim=-1)
+        return torch.cat([part[..., : s.width] for part, s in zip(parts, self.gathered, strict=True)], dim=-1)
 
 
 class RowParallel(nn.Module):
@@ -142,11 +147,11 @@ class RowParallel(nn.Module):
         self.product = product
         self.bias = bias
         self._comm = comm
-        self._taken = taken
+        self.taken = taken
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._taken is not None:
-            x = x[..., self._taken.start : self._taken.stop]
+        if self.taken is not None:
+            x = x[..., self.taken.start : self.taken.stop]
         out = self.product(x.reshape(-1, self.product.in_features)).view(*x.shape[:-1], -1)
         if self._comm.size > 1:
             out = self._comm.all_reduce(out)
@@ -179,7 +184,3 @@ class VocabEmbedding(nn.Module):
         mine = (local >= 0) & (local < self._span.width)
         out = self.inner(local.where(mine, 0))
         return self._comm.all_reduce(out.where(mine[..., None], 0))
-
-
-def _aligned(x: Tensor) -> bool:
-    return x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0

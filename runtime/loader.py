@@ -14,10 +14,14 @@ from configs.schema import ModelConfig
 from runtime.checkpoint import Checkpoint, ModelError
 from runtime.comm import Communicator
 from runtime.layout import Layout
-from runtime.linear import ColumnParallel, Dense, Int4, Product, RowParallel, Siblings, VocabEmbedding
+from runtime.linear import ColumnParallel, Dense, Int4, Int8, Product, RowParallel, Siblings, VocabEmbedding
 from runtime.quantize.int4 import Int4Weight, quantize
+from runtime.quantize.int8 import Int8Weight
+from runtime.quantize.int8 import quantize as quantize_int8
 from runtime.shard import Span
 from runtime.skeleton import replace
+
+HEAD_ROWS = 16384  # of a vocabulary that are rounded at a time
 
 
 @dataclass
@@ -40,10 +44,11 @@ class Loader:
         assert isinstance(embedding, nn.Embedding)
         table = self._read(f"{layout.embedding}.weight", layout.embedding_span)
         embedding.weight = nn.Parameter(table, requires_grad=False)
-        same = f"{layout.head}.weight" in tied
-        head = Dense(table if same else self._read(f"{layout.head}.weight", layout.head_span))
+        stored = tied.get(f"{layout.head}.weight", f"{layout.head}.weight")
+        head = self._head(stored, layout.head_span, table if f"{layout.head}.weight" in tied else None)
         head_bias = self._bias([layout.head], [layout.head_span])
-        held += table.nbytes + (0 if same else head.nbytes) + (0 if head_bias is None else head_bias.nbytes)
+        shared = isinstance(head, Dense) and head.weight.data_ptr() == table.data_ptr()
+        held += table.nbytes + (0 if shared else head.nbytes) + (0 if head_bias is None else head_bias.nbytes)
 
         swaps: dict[str, nn.Module] = {
             layout.embedding: VocabEmbedding(embedding, layout.embedding_span, comm),
@@ -60,17 +65,32 @@ class Loader:
             held += product.nbytes + (0 if bias is None else bias.nbytes)
             swaps[rows.path] = RowParallel(product, bias, comm, rows.span if rows.whole_input else None)
         for path in layout.whole:
-            siblings = Siblings(dense := Dense(self._read(f"{path}.weight")), [dense.out_features], self._bias([path], [None]))
+            dense = Dense(self._read(f"{path}.weight"), self.kernels)
+            siblings = Siblings(dense, [dense.out_features], self._bias([path], [None]))
             held += siblings.nbytes
             swaps[path] = ColumnParallel(siblings)
         for path, swap in swaps.items():
             replace(self.module, path, swap)
         return held + self._rest()
 
+    def _head(self, name: str, span: Span, table: Tensor | None) -> Product:
+        """The head's product; `table` is the embedding's weight, if that is the head's too."""
+        if self.config.lm_head == "16bit":
+            return Dense(self._read(name, span) if table is None else table, self.kernels)
+        # From the file's own values, some rows at a time: each has a scale of its own.
+        starts = range(span.start, span.stop, HEAD_ROWS)
+        pieces = (Span(start, min(start + HEAD_ROWS, span.stop)) for start in starts)
+        try:
+            parts = [quantize_int8(self.checkpoint.read(name, piece).to(self.device)) for piece in pieces]
+        except ValueError as error:
+            raise ModelError(f"{name} cannot be quantised: {error}; use model.lm_head: 16bit") from error
+        whole = Int8Weight(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]))
+        return Int8(self.kernels.pack_int8(whole), self.kernels)
+
     def _product(self, parts: list[tuple[str, Span | None, Span | None]]) -> Product:
         """One product of linears' slices (path, rows, columns), laid one under the other."""
         if self.config.quantization == "none":
-            return Dense(torch.cat([self._read(f"{path}.weight", rows, columns) for path, rows, columns in parts]))
+            return Dense(torch.cat([self._read(f"{path}.weight", *slices) for path, *slices in parts]), self.kernels)
         weights = [self._quantised(f"{path}.weight", rows, columns) for path, rows, columns in parts]
         merged = Int4Weight(
             torch.cat([weight.codes for weight in weights]),

@@ -15,7 +15,8 @@ from configs.schema import ModelConfig
 from runtime.batch import Batch
 from runtime.checkpoint import DTYPES, Checkpoint, ModelError, read_json
 from runtime.comm import Communicator
-from runtime.kernels import select
+from runtime.decoder import Decoder, fuse
+from runtime.kernels import reference, select
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layout import lay_out
 from runtime.loader import Loader
@@ -30,7 +31,7 @@ class Model:
     dtype: of activations, cache and unquantised weights. cache_shape: what `KVCache` needs. vocab_first: the id of the
     first token of this rank's slice; vocab_size: of all ranks together. max_model_len: positions the model knows.
     end_tokens: its own. digest: hex, of the checkpoint, the same on all ranks. num_parameters: of the whole model.
-    weight_bytes: of this rank's weights as they are held.
+    weight_bytes: of this rank's weights as they are held. decoder: runs the model in transformers' place, if it can.
     """
 
     module: PreTrainedModel
@@ -45,6 +46,7 @@ class Model:
     digest: str
     num_parameters: int
     weight_bytes: int
+    decoder: Decoder | None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -53,6 +55,8 @@ class Model:
         All ranks of the group call this with the same batch; L may be 0. A token sees the tokens of its sequence before
         it, of this batch or in the cache. Raises PeerLost, and what kernels raise for a batch that doesn't fit the cache.
         """
+        if self.decoder is not None:
+            return self.decoder(batch, cache)
         output = self.module(
             batch.tokens[None],
             position_ids=batch.positions[None],
@@ -111,6 +115,9 @@ def load_model(config: ModelConfig, comm: Communicator, device: torch.device | s
         checkpoint.close()
     if device.type == "cpu":
         steady(module)
+    # On a GPU the reference's operations, which fold sums by halves, are no faster than transformers' own.
+    rounds = config.quantization == "int4" and config.activations == "int8"
+    own = device.type == "cpu" or kernels is not reference
     return Model(
         module=module,
         kernels=kernels,
@@ -124,6 +131,7 @@ def load_model(config: ModelConfig, comm: Communicator, device: torch.device | s
         digest=checkpoint.digest,
         num_parameters=num_parameters,
         weight_bytes=held,
+        decoder=fuse(module, kernels, layout.cache_shape, dtype, rounds) if own else None,
     )
 
 

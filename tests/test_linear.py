@@ -4,6 +4,7 @@ import gc
 import random
 import weakref
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from runtime.comm import Communicator, Solo
-from runtime.linear import CHUNK, ColumnParallel, Dense, RowParallel, Siblings, VocabEmbedding
+from runtime.kernels import reference, select
+from runtime.kernels.reference import CHUNK
+from runtime.linear import ColumnParallel, Dense, RowParallel, Siblings, VocabEmbedding
 from runtime.pointwise import Pointwise, steady
 from runtime.shard import spans
 
@@ -167,3 +170,35 @@ def test_a_row_parallel_layer_alone_asks_nobody() -> None:
     layer = RowParallel(Dense(torch.eye(32)), None, Solo())
     x = torch.randn(2, 3, 32)
     assert torch.equal(layer(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("module", [reference, select(torch.device("cpu"))], ids=lambda module: module.__name__)
+def test_dense_products_are_right(module: ModuleType, dtype: torch.dtype, threads: int, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(20):
+        rows, inputs, outputs = rng.randint(0, 100), rng.choice([32, 96, 100, 512, 1024]), rng.randint(1, 200)
+        x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+        product = Dense(weight, module)
+        found, exact = product(x), x.double() @ weight.double().t()
+        assert found.dtype == dtype and found.shape == exact.shape
+        step = torch.finfo(dtype).eps * (0.51 if dtype != torch.float32 else 8.0)
+        assert ((found.double() - exact).abs() <= step * exact.abs() + 3e-6 * inputs**0.5).all()
+        some = [rng.randrange(rows) for _ in range(rng.randint(1, 50))] if rows else []
+        assert torch.equal(product(x[some]), found[some])
+    with pytest.raises(ValueError, match="not \\[M, "):
+        module.dense_linear(torch.randn(2, 8).to(dtype), weight)
+    with pytest.raises(ValueError, match="float64"):
+        module.dense_linear(x.double(), weight)
+
+
+def test_a_neighbour_that_is_not_finite_harms_nobody(seed: int) -> None:
+    torch.manual_seed(seed)
+    product = Dense(torch.randn(40, 64).bfloat16())
+    x = torch.randn(20, 64).bfloat16()
+    clean = product(x)
+    x[3], x[17, 5] = torch.inf, torch.nan
+    found = product(x)
+    rows = [r for r in range(20) if r not in (3, 17)]
+    assert torch.equal(found[rows], clean[rows]) and found[17].isnan().all() and not found[3].isfinite().any()

@@ -137,6 +137,30 @@ def test_int8_activations_stay_near(seed: int, tmp_path: Path) -> None:
             assert error < 0.05
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_8_bit_head(tied: bool, dtype: str, seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    model = make("qwen3", seed, tie_word_embeddings=tied)
+    sequences = prompts(rng)
+    save(model, tmp_path)
+    config = config_of(tmp_path, dtype=dtype, lm_head="int8")
+    sizes = (1, 2, 4)
+    per_size = [logits_on(size, config, sequences, rng) for size in sizes]
+    for found in per_size:
+        for tokens, logits in zip(sequences, found, strict=True):
+            wanted = reference(model, tokens)
+            error = (logits.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+            assert error < 0.03
+    same_bits(load_model(config, Solo()), sequences, rng, (1, 7, 40))
+    # Tied, the lookup keeps its table beside the head's codes and scales.
+    size = torch.float32.itemsize if dtype == "float32" else 2
+    plain = load_model(config_of(tmp_path, dtype=dtype), Solo())
+    width, rows = model.config.hidden_size, -(-VOCABULARY // 16) * 16
+    bytes_of_head = rows * (width + 4) - (0 if tied else VOCABULARY * width * size)
+    assert load_model(config, Solo()).weight_bytes == plain.weight_bytes + bytes_of_head
+
+
 FORMATS = [
     ("int4", "bfloat16", "16bit"),
     ("int4", "bfloat16", "int8"),

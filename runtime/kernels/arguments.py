@@ -7,23 +7,25 @@ from runtime.kernels.packed import ACTIVATIONS, PackedInt4, PackedInt8
 from runtime.quantize.int4 import Int4Weight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+GATES = ("silu", "gelu_tanh")
 
 
-def _need(condition: bool, what: str) -> None:
+def _need(condition: bool, what: str, *values: object) -> None:
+    # Kernels are called hundreds of times a round: the message is made only when it is needed.
     if not condition:
-        raise ValueError(what)
+        raise ValueError(what.format(*(tuple(x) if isinstance(x, torch.Size) else x for x in values)))
 
 
 def check_write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """Raises ValueError unless the arguments of `write_cache` fit each other."""
     _need(key.dim() == 3 and key_cache.dim() == 4, "tokens are [T, KV, D], caches [B, KV, S, D]")
     tokens, heads, dim = key.shape
-    _need(value.shape == key.shape, f"keys are {tuple(key.shape)}, values {tuple(value.shape)}")
+    _need(value.shape == key.shape, "keys are {}, values {}", key.shape, value.shape)
     _need(key_cache.shape == value_cache.shape, "the caches differ in shape")
-    _need(key_cache.shape[1] == heads and key_cache.shape[3] == dim, f"heads of {tuple(key_cache.shape)} don't fit")
+    _need(key_cache.shape[1] == heads and key_cache.shape[3] == dim, "heads of {} don't fit", key_cache.shape)
     _need(key.dtype == value.dtype == key_cache.dtype == value_cache.dtype, "tokens and caches differ in dtype")
     _need(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches must be contiguous")
-    _need(slots.shape == (tokens,) and slots.dtype == torch.int64, f"slots must be int64 [{tokens}]")
+    _need(slots.shape == (tokens,) and slots.dtype == torch.int64, "slots must be int64 [{}]", tokens)
 
 
 def check_attention(
@@ -35,34 +37,77 @@ def check_attention(
     tokens, heads, dim = query.shape
     kv_heads = key_cache.shape[1]
     _need(key_cache.shape == value_cache.shape and key_cache.shape[3] == dim, "caches and queries differ in shape")
-    _need(heads % kv_heads == 0, f"{heads} query heads don't share {kv_heads} key heads evenly")
+    _need(heads % kv_heads == 0, "{} query heads don't share {} key heads evenly", heads, kv_heads)
     _need(query.dtype == key_cache.dtype == value_cache.dtype, "queries and caches differ in dtype")
-    _need(query.dtype in FLOATS, f"attention takes bfloat16, float16 or float32, not {query.dtype}")
+    _need(query.dtype in FLOATS, "attention takes bfloat16, float16 or float32, not {}", query.dtype)
     _need(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches must be contiguous")
     _need(tables.dim() == 2 and tables.dtype == torch.int32, "tables must be int32 [R, MB]")
-    _need(rows.shape == (tokens,) and rows.dtype == torch.int32, f"rows must be int32 [{tokens}]")
-    _need(positions.shape == (tokens,) and positions.dtype == torch.int32, f"positions must be int32 [{tokens}]")
-    _need(sinks is None or sinks.shape == (heads,), f"sinks must be [{heads}]")
+    _need(rows.shape == (tokens,) and rows.dtype == torch.int32, "rows must be int32 [{}]", tokens)
+    _need(positions.shape == (tokens,) and positions.dtype == torch.int32, "positions must be int32 [{}]", tokens)
+    _need(sinks is None or sinks.shape == (heads,), "sinks must be [{}]", heads)
 
 
 def check_pack(weight: Int4Weight, activations: str) -> None:
     """Raises ValueError unless `pack_int4` can take this weight."""
-    _need(activations in ACTIVATIONS, f"activations are one of {', '.join(ACTIVATIONS)}, not {activations!r}")
+    _need(activations in ACTIVATIONS, "activations are one of {}, not {!r}", ", ".join(ACTIVATIONS), activations)
     size = weight.group_size
-    _need(size % 8 == 0 and size <= 4096, f"groups of {size} inputs: a multiple of 8 up to 4096 is needed")
+    _need(size % 8 == 0 and size <= 4096, "groups of {} inputs: a multiple of 8 up to 4096 is needed", size)
 
 
 def check_linear(x: Tensor, packed: PackedInt4 | PackedInt8) -> None:
     """Raises ValueError unless x [M, K] fits the packed weight."""
-    _need(x.dim() == 2 and x.shape[1] == packed.in_features, f"x is {tuple(x.shape)}, not [M, {packed.in_features}]")
-    _need(x.dtype in FLOATS, f"products take bfloat16, float16 or float32, not {x.dtype}")
+    _need(x.dim() == 2 and x.shape[1] == packed.in_features, "x is {}, not [M, {}]", x.shape, packed.in_features)
+    _need(x.dtype in FLOATS, "products take bfloat16, float16 or float32, not {}", x.dtype)
+
+
+def check_dense(x: Tensor, weight: Tensor, alignment: int) -> None:
+    """Raises ValueError unless x [M, K] fits the weight [N, K], which lies as libraries like it."""
+    _need(x.dim() == 2 and weight.dim() == 2, "x is [M, K], a weight [N, K]")
+    _need(x.shape[1] == weight.shape[1], "x is {}, not [M, {}]", x.shape, weight.shape[1])
+    _need(x.dtype == weight.dtype and x.dtype in FLOATS, "x is {}, the weight {}", x.dtype, weight.dtype)
+    _need(weight.is_contiguous() and weight.data_ptr() % alignment == 0, "a weight is contiguous and aligned")
 
 
 def check_best(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> None:
     """Raises ValueError unless the arguments of `best_tokens` fit each other."""
     _need(logits.dim() == 2 and logits.shape[1] > 0, "logits are [R, V] with V of 1 or more")
-    _need(logits.dtype in FLOATS, f"logits are bfloat16, float16 or float32, not {logits.dtype}")
+    _need(logits.dtype in FLOATS, "logits are bfloat16, float16 or float32, not {}", logits.dtype)
     shape = (len(logits),)
-    _need(temperatures.shape == shape and temperatures.dtype == torch.float32, f"temperatures must be float32 {shape}")
-    _need(seeds.shape == shape and seeds.dtype == torch.int64, f"seeds must be int64 {shape}")
-    _need(positions.shape == shape and positions.dtype == torch.int64, f"positions must be int64 {shape}")
+    _need(temperatures.shape == shape and temperatures.dtype == torch.float32, "temperatures must be float32 {}", shape)
+    _need(seeds.shape == shape and seeds.dtype == torch.int64, "seeds must be int64 {}", shape)
+    _need(positions.shape == shape and positions.dtype == torch.int64, "positions must be int64 {}", shape)
+
+
+def check_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    """Raises ValueError unless the arguments of `rms_norm` fit each other."""
+    _need(x.dim() == 2 and x.dtype in FLOATS, "x is [M, W] of bfloat16, float16 or float32")
+    _need(weight.shape == x.shape[1:] and weight.dtype == torch.float32, "weight must be float32 [{}]", x.shape[1])
+    _need(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype), "the residual isn't like x")
+
+
+def check_rotary(
+    qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
+    key_cache: Tensor, value_cache: Tensor, slots: Tensor,
+) -> int:  # fmt: skip
+    """The number of query heads. Raises ValueError unless the arguments of `rotary_write` fit each other."""
+    _need(qkv.dim() == 2 and key_cache.dim() == 4, "the projection is [T, (H + 2 KV) * D], caches [B, KV, S, D]")
+    tokens, (_, kv_heads, _, dim) = len(qkv), key_cache.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    _need(heads > 0 and qkv.shape[1] % dim == 0, "{} outputs are no heads of {} over {} of keys", qkv.shape[1], dim, kv_heads)
+    _need(key_cache.shape == value_cache.shape, "the caches differ in shape")
+    _need(qkv.dtype in FLOATS, "the projection is bfloat16, float16 or float32, not {}", qkv.dtype)
+    same = {qkv.dtype, cos.dtype, sin.dtype, key_cache.dtype, value_cache.dtype}
+    _need(len(same) == 1, "projection, angles and caches differ in dtype")
+    _need(key_cache.is_contiguous() and value_cache.is_contiguous(), "caches must be contiguous")
+    _need(cos.shape == sin.shape and cos.dim() == 2 and len(cos) == tokens, "cos and sin are [{}, R]", tokens)
+    _need(cos.shape[1] % 2 == 0 and cos.shape[1] <= dim, "{} dimensions of {} cannot turn", cos.shape[1], dim)
+    for norm in (query_norm, key_norm):
+        _need(norm is None or (norm.shape == (dim,) and norm.dtype == torch.float32), "norms are float32 [{}]", dim)
+    _need(slots.shape == (tokens,) and slots.dtype == torch.int64, "slots must be int64 [{}]", tokens)
+    return heads
+
+
+def check_gated(both: Tensor, activation: str) -> None:
+    """Raises ValueError unless the arguments of `gated` are what it knows."""
+    _need(both.dim() == 2 and both.shape[1] % 2 == 0 and both.dtype in FLOATS, "gates and ups are float [M, 2 I]")
+    _need(activation in GATES, "activations are {}, not {!r}", ", ".join(GATES), activation)

@@ -3,7 +3,18 @@
 import torch
 from torch import Tensor
 
-from runtime.kernels.arguments import check_attention, check_best, check_linear, check_pack, check_write
+from runtime.kernels import reference
+from runtime.kernels.arguments import (
+    check_attention,
+    check_best,
+    check_dense,
+    check_gated,
+    check_linear,
+    check_norm,
+    check_pack,
+    check_rotary,
+    check_write,
+)
 from runtime.kernels.build import load_extension
 from runtime.kernels.packed import PackedInt4, PackedInt8, narrow_scale
 from runtime.noise import SPREAD
@@ -14,6 +25,7 @@ TILE = 16  # outputs that lie side by side in a packed weight
 
 load_extension()
 _ops = torch.ops.quasar
+_HAS_DENSE: bool = _ops.has_dense()
 
 
 def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -31,6 +43,15 @@ def paged_attention(
         query.contiguous(), key_cache, value_cache, tables.contiguous(), rows.contiguous(), positions.contiguous(),
         scale, window, soft_cap, sinks,
     )  # fmt: skip
+    return result
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    # Which of the two never depends on the rows: their sums aren't in the same order.
+    if not _HAS_DENSE or weight.dtype != torch.bfloat16 or weight.shape[1] % 32:
+        return reference.dense_linear(x, weight)
+    check_dense(x, weight, reference.ALIGNMENT)
+    result: Tensor = _ops.dense_linear(x.contiguous(), weight)
     return result
 
 
@@ -82,6 +103,33 @@ def best_tokens(
         logits.contiguous(), temperatures.contiguous(), seeds.contiguous(), positions.contiguous(), first, SPREAD
     )
     return scores, ids
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, early: bool = False, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    check_norm(x, weight, residual)
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    normed, total = _ops.rms_norm(x, weight.contiguous(), eps, early, residual)
+    return normed, total
+
+
+def rotary_write(
+    qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None, eps: float, early: bool,
+    key_cache: Tensor, value_cache: Tensor, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    check_rotary(qkv, cos, sin, query_norm, key_norm, key_cache, value_cache, slots)
+    query: Tensor = _ops.rotary_write(
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), query_norm, key_norm, eps, early, key_cache, value_cache,
+        slots.contiguous(),
+    )  # fmt: skip
+    return query
+
+
+def gated(both: Tensor, activation: str) -> Tensor:
+    check_gated(both, activation)
+    result: Tensor = _ops.gated(both.contiguous(), activation == "gelu_tanh")
+    return result
 
 
 def _tiled(x: Tensor) -> Tensor:

@@ -7,12 +7,24 @@ of integers are exact, and nothing else adds.
 import torch
 from torch import Tensor
 
-from runtime.kernels.arguments import check_attention, check_best, check_linear, check_pack, check_write
+from runtime.kernels.arguments import check_attention, check_best, check_dense, check_linear, check_pack, check_write
+from runtime.kernels.folding import exp, fold, tanh
 from runtime.kernels.packed import PackedInt4, PackedInt8
+from runtime.kernels.reference_layer import gated, rms_norm, rotary_write
 from runtime.noise import SPREAD, gumbel
 from runtime.quantize.int4 import Int4Weight
 from runtime.quantize.int8 import Int8Weight
 
+__all__ = [
+    "best_tokens", "dense_linear", "gated", "int4_linear", "int8_linear", "pack_int4", "pack_int8", "paged_attention",
+    "rms_norm", "rotary_write", "write_cache",
+]  # fmt: skip
+
+# Rows that a dense product computes at a time, always exactly so many. Libraries choose their kernel, and with it the
+# order of additions, by the number of rows (bfloat16 and float32 alike); with that number fixed a row's bits depend
+# neither on its place nor on the others. A CPU takes little longer for 32 rows of 16 bit than for one, a GPU for 64.
+CHUNK = {"cpu": 32, "cuda": 64}
+ALIGNMENT = 64  # bytes; a library may treat the ends of an unaligned matrix otherwise
 PIECE = 64  # keys that are merged at a time
 ELEMENTS = 1 << 24  # of the largest temporary
 
@@ -54,6 +66,22 @@ def paged_attention(
         for i in range(0, len(query), step)
     ]  # fmt: skip
     return torch.cat(parts).to(query.dtype) if parts else torch.empty_like(query)
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K], weight [N, K], both bfloat16, float16 or float32 -> [M, N] of that dtype, sums in float32 or wider.
+
+    The weight is contiguous and begins at a multiple of ALIGNMENT bytes. Raises ValueError for shapes and dtypes.
+    """
+    check_dense(x, weight, ALIGNMENT)
+    count, chunk = len(x), CHUNK.get(weight.device.type, 32)
+    if count % chunk or not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
+        padded = x.new_zeros(-(-count // chunk) * chunk, x.shape[1])
+        padded[:count] = x
+        x = padded
+    if count <= chunk:
+        return torch.nn.functional.linear(x, weight)[:count]
+    return torch.cat([torch.nn.functional.linear(rows, weight) for rows in x.split(chunk)])[:count]
 
 
 def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
@@ -158,11 +186,11 @@ def _attend(
         there = seen[:, None, None]  # a row that sees no key here keeps what it has
         score = fold(query * keys) * scale
         if soft_cap > 0:
-            score = soft_cap * _tanh(score / soft_cap)
+            score = soft_cap * tanh(score / soft_cap)
         score = score.where(there, float("-inf"))
         now = torch.maximum(top, score.amax(-1))
-        fade = _exp(top - now).where(now > float("-inf"), 1.0)
-        weight = _exp(score - now[..., None]).where(there, 0.0)
+        fade = exp(top - now).where(now > float("-inf"), 1.0)
+        weight = exp(score - now[..., None]).where(there, 0.0)
         total = total * fade + fold(weight)
         # Values of places that aren't seen may be anything, NaN included.
         blend = fold((weight[..., None] * values.where(there[..., None], 0.0)).transpose(-1, -2))
@@ -171,38 +199,11 @@ def _attend(
     if sinks is not None:
         sink = sinks.float().view(1, kv_heads, -1)
         now = torch.maximum(top, sink)
-        fade = _exp(top - now)
+        fade = exp(top - now)
         out = out * fade[..., None]
-        total = total * fade + _exp(sink - now)
+        total = total * fade + exp(sink - now)
     out = (out / total[..., None]).where(live[:, None, None, None], 0.0)
     return out.view(count, heads, dim)
-
-
-def fold(x: Tensor) -> Tensor:
-    """[..., n] -> [...]: the sum, in an order that n alone fixes."""
-    n = 1 << max(0, x.shape[-1] - 1).bit_length()
-    x = torch.nn.functional.pad(x, (0, n - x.shape[-1]))
-    while n > 1:
-        n //= 2
-        x = x[..., :n] + x[..., n:]
-    return x[..., 0]
-
-
-def _exp(x: Tensor) -> Tensor:
-    """e^x in float32 for x <= 0, from additions and products alone; torch's own may differ at the end of a tensor."""
-    clamped = x.clamp(min=-87.0)
-    n = torch.round(clamped * 1.44269504)
-    r = clamped - n * 0.693359375 + n * 2.12194440e-4
-    p = torch.full_like(r, 1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = p * r + c
-    y = (p * (r * r) + r + 1.0) * ((n.int() + 127) << 23).view(torch.float32)
-    return y.where(x >= -87.0, 0.0)
-
-
-def _tanh(x: Tensor) -> Tensor:
-    e = _exp(-2.0 * x.abs())
-    return torch.sign(x) * ((1.0 - e) / (1.0 + e))
 
 
 def best_tokens(

@@ -7,6 +7,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #define QUASAR_AMX 1
+#if defined(__AMX_BF16__)
+#define QUASAR_AMX_BF16 1
+#endif
 #endif
 
 namespace quasar {
@@ -21,14 +24,17 @@ inline bool amx_allowed() {
   return allowed;
 }
 
-// Shapes this thread's tile registers for steps of 32 or 64 inputs, and gives them back as they were.
+// Shapes this thread's tile registers, and gives them back as they were.
 class AmxTiles {
  public:
+  // All of sixteen rows and 64 bytes.
+  AmxTiles() : AmxTiles(64) {}
+  // 0..3: sums, 4: activations in steps of 32 or 64 inputs of a byte, 5: weights.
   explicit AmxTiles(int64_t step) {
     _tile_storeconfig(before_);
     alignas(64) unsigned char config[64] = {};
     config[0] = 1;
-    for (int t = 0; t < 6; ++t) {  // 0..3: sums, 4: activations, 5: weights
+    for (int t = 0; t < 8; ++t) {
       config[16 + 2 * t] = t == 4 ? (unsigned char)step : 64;
       config[48 + t] = t == 5 ? (unsigned char)(step / 4) : AMX_ROWS;
     }

@@ -238,16 +238,32 @@ void int4_by_16bit(const float* x, int64_t stride, const Packed& w, at::Tensor& 
 }
 
 void int8_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
+  const int64_t step = w.inputs % 64 == 0 ? 64 : 32;
+  const bool amx = out.size(0) >= AMX_ROWS && w.inputs % 32 == 0 && amx_allowed();
   over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* y) {
     const F own = w.scale_at(tile);
-    by_rows(count, [&]<int R>(int64_t r) {
-      I sum[R];
-      const int8_t* x = q.code.data() + (m + r) * q.stride;
-      products<R, false>(w.codes + tile * w.inputs * LANES, x, q.stride, w.inputs / 4, sum);
-      for (int i = 0; i < R; ++i) {
-        const I exact = sum[i] - splat(int32_t(q.sum[m + r + i]) * 128);
-        store(y + (r + i) * LANES, to_float(exact) * (splat(q.scale[m + r + i]) * own));
+    const uint8_t* codes = w.codes + tile * w.inputs * LANES;
+    const int8_t* x = q.code.data() + m * q.stride;
+    auto finish = [&](int64_t r, I sum) {
+      const I exact = sum - splat(int32_t(q.sum[m + r]) * 128);
+      store(y + r * LANES, to_float(exact) * (splat(q.scale[m + r]) * own));
+    };
+    int64_t done = 0;
+    if (amx && count >= AMX_ROWS) {
+      AmxTiles tiles(step);
+      alignas(64) int32_t sums[ROWS * LANES];
+      if (count == ROWS) {
+        amx_products<4>(codes, x, q.stride, w.inputs, step, sums);
+        done = ROWS;
       }
+      for (; done + AMX_ROWS <= count; done += AMX_ROWS)
+        amx_products<1>(codes, x + done * q.stride, q.stride, w.inputs, step, sums + done * LANES);
+      for (int64_t r = 0; r < done; ++r) finish(r, read<I>(sums + r * LANES));
+    }
+    by_rows(count - done, [&]<int R>(int64_t r) {
+      I sum[R];
+      products<R, false>(codes, x + (done + r) * q.stride, q.stride, w.inputs / 4, sum);
+      for (int i = 0; i < R; ++i) finish(done + r + i, sum[i]);
     });
   });
 }

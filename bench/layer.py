@@ -1,0 +1,147 @@
+"""`python -m bench.layer`: what a forward pass costs, beside transformers' own of the same shape, in one run.
+
+Random weights of Qwen3-0.6B's shape. A pass of N rows checks the last N tokens of one sequence with `--context` tokens in
+the cache; transformers' bfloat16 model, which has no paged cache, is given the same with its own cache, cropped after
+every pass. Medians of interleaved turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from bench.round import SHAPES, make_model
+from configs.schema import ModelConfig
+from runtime.batch import Batch, Piece
+from runtime.comm import Solo
+from runtime.kv_cache import KVCache
+from runtime.model import Model, load_model
+
+BLOCK = 16
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "none, 16bit head": {"quantization": "none"},
+    "none, int8 head": {"quantization": "none", "lm_head": "int8"},
+    "int4 + int8, 16bit head": {"activations": "int8"},
+    "int4 + int8, int8 head": {"activations": "int8", "lm_head": "int8"},
+    "int4 + 16bit, int8 head": {"activations": "16bit", "lm_head": "int8"},
+}
+
+
+def ours(model: Model, context: int, rows: int) -> Callable[[], object]:
+    """A pass of `rows` tokens behind `context` cached ones."""
+    blocks = list(range(-(-(context + rows) // BLOCK)))
+    cache = KVCache(model.cache_shape, len(blocks), BLOCK, model.dtype)
+    tokens = [(7 * t) % 4000 for t in range(context + rows)]
+    model.forward(Batch.build([Piece(tokens[:context], 0, blocks, 0)], BLOCK), cache)
+    return lambda: model.forward(Batch.build([Piece(tokens[context:], context, blocks, rows)], BLOCK), cache)
+
+
+def theirs(model: PreTrainedModel, context: int, rows: int) -> Callable[[], object]:
+    """The same by transformers."""
+    tokens = torch.tensor([[(7 * t) % 4000 for t in range(context + rows)]])
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(tokens[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def run() -> object:
+        logits = model(tokens[:, context:], past_key_values=cache, use_cache=True).logits
+        cache.crop(-rows)
+        return logits
+
+    return run
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Milliseconds, the median of `repeats` turns in which everybody runs once."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+class Timed:
+    """The extension's operations, which add up the seconds that calls take."""
+
+    def __init__(self, operations: Any) -> None:
+        self.seconds = 0.0
+        self._operations = operations
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = getattr(self._operations, name)
+
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = operation(*arguments)
+            self.seconds += time.perf_counter() - start
+            return result
+
+        return call
+
+
+def outside(run: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Milliseconds of a pass that are not in the kernels, and of the whole pass: medians."""
+    from runtime.kernels import cpu
+
+    module: Any = cpu
+    operations, spent = module._ops, []
+    try:
+        for _ in range(repeats + 1):
+            module._ops = timed = Timed(operations)
+            start = time.perf_counter()
+            run()
+            whole = time.perf_counter() - start
+            spent.append((1e3 * (whole - timed.seconds), 1e3 * whole))
+    finally:
+        module._ops = operations
+    return statistics.median(rest for rest, _ in spent[1:]), statistics.median(whole for _, whole in spent[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 6, 8, 16, 96])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        make_model(Path(scratch), given.shape)
+        torch.set_default_dtype(torch.float32)
+        baseline = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16).eval()
+        models = {
+            name: load_model(ModelConfig(target=scratch, **CONFIGURATIONS[name]), Solo(), "cpu") for name in given.only
+        }
+    print(f"{given.shape}, {given.context} tokens of context, torch {torch.__version__}, {platform.machine()}")
+    for threads in given.threads:
+        torch.set_num_threads(threads)
+        print(f"\n**{threads} thread{'s' * (threads > 1)}**: ms a pass, and how much faster than transformers' bf16\n")
+        names = ["transformers bf16", *models]
+        print("| rows | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+        for rows in given.rows:
+            runs = {names[0]: theirs(baseline, given.context, rows)}
+            runs |= {name: ours(model, given.context, rows) for name, model in models.items()}
+            found = interleaved(runs, given.repeats)
+            cells = [f"{ms:.1f} ({found[names[0]] / ms:.2f}x)" for ms in found.values()]
+            print(f"| {rows} | " + " | ".join(cells) + " |", flush=True)
+        print()
+        for name, model in models.items():
+            rest, whole = outside(ours(model, given.context, given.rows[0]), 4 * given.repeats)
+            print(f"{name}, {given.rows[0]} row: {rest:.1f} of {whole:.1f} ms outside the kernels ({rest / whole:.0%})")
+
+
+if __name__ == "__main__":
+    main()

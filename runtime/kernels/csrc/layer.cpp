@@ -1,0 +1,184 @@
+// What a decoder layer does between its products: norms, rotary positions on the way to the cache, gated activations.
+//
+// Arithmetic is float; values are rounded to the tensors' dtype where a chain of torch operations would store them, which
+// costs nothing here and keeps 16-bit results next to those of such a chain. A row, or a head of a row, is computed by one
+// thread in an order that its width alone fixes.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "simd.h"
+
+namespace quasar {
+namespace {
+
+// To the dtype and back.
+template <class T>
+QUASAR_INLINE F rounded(F x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  T stored[LANES];
+  store(stored, x);
+  return load(stored);
+}
+
+int lanes_at(int64_t d, int64_t width) { return int(std::min<int64_t>(LANES, width - d)); }
+
+// 1 / the root mean square of `width` floats, which zeros follow up to a whole vector.
+float inverse_rms(const float* x, int64_t width, float eps) {
+  F squares = {};
+  for (int64_t d = 0; d < width; d += LANES) {
+    const F v = load(x + d);
+    squares = fma(v, v, squares);
+  }
+  return 1.0f / std::sqrt(sum(squares) / float(width) + eps);
+}
+
+// x = x / rms * weight; `early`: rounded before the weight as well as after.
+template <class T>
+void normalize(float* x, const float* weight, int64_t width, float eps, bool early) {
+  const F inverse = splat(inverse_rms(x, width, eps));
+  for (int64_t d = 0; d < width; d += LANES) {
+    F y = load(x + d) * inverse;
+    if (early) y = rounded<T>(y);
+    store(x + d, rounded<T>(y * load(weight + d, lanes_at(d, width))));
+  }
+}
+
+int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+
+// x[d], x[d + half] of the first 2 * half values turn by the angles of the position.
+template <class T>
+void rotate(float* x, const T* cos, const T* sin, int64_t half) {
+  for (int64_t d = 0; d < half; d += LANES) {
+    const int n = lanes_at(d, half);
+    const F a = load(x + d, n), b = load(x + half + d, n);
+    const F low = rounded<T>(a * load(cos + d, n)) - rounded<T>(b * load(sin + d, n));
+    const F high = rounded<T>(b * load(cos + half + d, n)) + rounded<T>(a * load(sin + half + d, n));
+    store(x + d, low, n);
+    store(x + half + d, high, n);
+  }
+}
+
+QUASAR_INLINE F sigmoid(F x) {
+  const F e = exp(bits<F>(bits<U>(x) | 0x80000000u)), one = splat(1.0f);  // of -|x|
+  return (x < F{} ? e : one) / (one + e);
+}
+
+QUASAR_INLINE F silu(F x) { return x * sigmoid(x); }
+
+// x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), which doesn't cancel where tanh is near -1.
+QUASAR_INLINE F gelu(F x) { return x * sigmoid(splat(1.5957691216f) * fma(splat(0.044715f) * x * x, x, x)); }
+
+}  // namespace
+
+// x, residual [M, W], weight float32 [W] -> ((x + residual) / rms * weight, x + residual).
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool early,
+                                            const std::optional<at::Tensor>& residual) {
+  const int64_t rows = x.size(0), width = x.size(1);
+  at::Tensor out = at::empty_like(x), total = residual ? at::empty_like(x) : x;
+  const float* w = weight.const_data_ptr<float>();
+  by_dtype(x.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto* from = static_cast<const T*>(x.const_data_ptr());
+    const auto* more = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
+    auto *to = static_cast<T*>(out.mutable_data_ptr()), *added = more ? static_cast<T*>(total.mutable_data_ptr()) : nullptr;
+    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+      std::vector<float> row(padded(width));
+      for (int64_t m = begin; m < end; ++m) {
+        for (int64_t d = 0; d < width; d += LANES) {
+          const int n = lanes_at(d, width);
+          F v = load(from + m * width + d, n);
+          if (more) {
+            v = rounded<T>(v + load(more + m * width + d, n));
+            store(added + m * width + d, v, n);
+          }
+          store(row.data() + d, v);
+        }
+        normalize<T>(row.data(), w, width, float(eps), early);
+        for (int64_t d = 0; d < width; d += LANES) store(to + m * width + d, load(row.data() + d), lanes_at(d, width));
+      }
+    });
+  });
+  return {out, total};
+}
+
+// qkv [T, (H + 2 KV) * D], cos and sin [T, R] -> queries [T, H, D]; keys and values go to the caches' slots.
+at::Tensor rotary_write(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
+                        const std::optional<at::Tensor>& query_norm, const std::optional<at::Tensor>& key_norm, double eps,
+                        bool early, at::Tensor key_cache, at::Tensor value_cache, const at::Tensor& slots) {
+  const int64_t count = qkv.size(0), kv = key_cache.size(1), block = key_cache.size(2), dim = key_cache.size(3);
+  const int64_t all = qkv.size(1) / dim, heads = all - 2 * kv, turned = cos.size(1), total = key_cache.size(0) * block;
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < count; ++t)
+    TORCH_CHECK_INDEX(slot[t] < total, "slot ", slot[t], " is behind the cache's ", total);
+  at::Tensor out = at::empty({count, heads, dim}, qkv.options());
+  const float* norms[] = {query_norm ? query_norm->const_data_ptr<float>() : nullptr,
+                          key_norm ? key_norm->const_data_ptr<float>() : nullptr};
+  by_dtype(qkv.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto *from = static_cast<const T*>(qkv.const_data_ptr()), *c = static_cast<const T*>(cos.const_data_ptr()),
+               *s = static_cast<const T*>(sin.const_data_ptr());
+    auto *query = static_cast<T*>(out.mutable_data_ptr()), *keys = static_cast<T*>(key_cache.mutable_data_ptr()),
+         *values = static_cast<T*>(value_cache.mutable_data_ptr());
+    at::parallel_for(0, count * all, 128, [&](int64_t begin, int64_t end) {
+      std::vector<float> x(padded(dim));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / all, h = i % all;
+        const bool is_query = h < heads, is_key = !is_query && h < heads + kv;
+        const T* head = from + i * dim;
+        const int64_t place = h - heads - (is_key ? 0 : kv);
+        T* to = query + (t * heads + h) * dim;
+        if (!is_query) {
+          if (slot[t] < 0) continue;
+          to = (is_key ? keys : values) + ((slot[t] / block * kv + place) * block + slot[t] % block) * dim;
+        }
+        if (!is_query && !is_key) {
+          std::memcpy(to, head, dim * sizeof(T));
+          continue;
+        }
+        for (int64_t d = 0; d < dim; d += LANES) store(x.data() + d, load(head + d, lanes_at(d, dim)));
+        if (const float* norm = norms[is_key]) normalize<T>(x.data(), norm, dim, float(eps), early);
+        rotate(x.data(), c + t * turned, s + t * turned, turned / 2);
+        for (int64_t d = 0; d < dim; d += LANES) store(to + d, load(x.data() + d), lanes_at(d, dim));
+      }
+    });
+  });
+  return out;
+}
+
+// both [M, 2 I], gates before ups -> activation(gate) * up [M, I].
+at::Tensor gated(const at::Tensor& both, bool is_gelu) {
+  const int64_t rows = both.size(0), width = both.size(1) / 2;
+  at::Tensor out = at::empty({rows, width}, both.options());
+  by_dtype(both.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto* from = static_cast<const T*>(both.const_data_ptr());
+    auto* to = static_cast<T*>(out.mutable_data_ptr());
+    at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m)
+        for (int64_t d = 0; d < width; d += LANES) {
+          const int n = lanes_at(d, width);
+          const F gate = load(from + 2 * m * width + d, n), up = load(from + (2 * m + 1) * width + d, n);
+          store(to + m * width + d, rounded<T>(is_gelu ? gelu(gate) : silu(gate)) * up, n);
+        }
+    });
+  });
+  return out;
+}
+
+}  // namespace quasar
+
+TORCH_LIBRARY_FRAGMENT(quasar, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool early, Tensor? residual) -> (Tensor, Tensor)", &quasar::rms_norm);
+  m.def(
+      "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, float eps, bool early, "
+      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> Tensor",
+      &quasar::rotary_write);
+  m.def("gated(Tensor both, bool is_gelu) -> Tensor", &quasar::gated);
+}

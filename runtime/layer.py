@@ -1,0 +1,190 @@
+"""A decoder layer in nine operations instead of some fifty.
+
+Norm, q/k/v with or without norms of their own, rotary positions, attention, o, residual, norm, gate and up, activation,
+down, residual: nearly all dense decoders share this layer. It is recognised by its modules and their shapes, and what
+they don't say - a scale, a window, where a norm rounds - is learnt by running transformers' own layer once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.batch import Batch
+from runtime.kernels.arguments import GATES
+from runtime.kv_cache import KVCache
+from runtime.linear import ColumnParallel, RowParallel, Siblings
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What `kernels.rms_norm` needs: weight float32 [W], eps, and whether it rounds before the weight too."""
+
+    weight: Tensor
+    eps: float
+    early: bool
+
+    def __call__(self, kernels: ModuleType, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[M, W] -> (normed, x + residual)."""
+        normed, total = kernels.rms_norm(x, self.weight, self.eps, self.early, residual)
+        return normed, total
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer's attention is called: the last arguments of `kernels.paged_attention`."""
+
+    scale: float
+    window: int
+    soft_cap: float
+    sinks: Tensor | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a layer that has the structure, in the order in which they work."""
+
+    norm: nn.Module
+    qkv: Siblings
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    output: RowParallel
+    second_norm: nn.Module
+    gate_up: Siblings
+    activation: nn.Module
+    down: RowParallel
+
+
+class FusedLayer(nn.Module):
+    """Stands in for a layer of transformers, called by its loop or, with less ado, by `runtime.decoder`.
+
+    index: its place in the cache. What else of a layer its loop may look at is taken over from `inner`.
+    """
+
+    def __init__(
+        self, inner: nn.Module, parts: Parts, norms: tuple[Norm, Norm], head_norms: tuple[Norm, Norm] | None,
+        activation: str, scoring: Scoring, index: int, kernels: ModuleType,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in vars(inner).items():
+            if not name.startswith("_") and not hasattr(self, name):
+                setattr(self, name, value)
+        self.index = index
+        self._norms = norms
+        self._head_norms = head_norms
+        self._qkv, self._gate_up = parts.qkv, parts.gate_up
+        self.output, self.down = parts.output, parts.down
+        self._activation = activation
+        self._scoring = scoring
+        self._kernels = kernels
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], batch: Batch, cache: KVCache,
+        **__: Any,
+    ) -> Tensor:  # fmt: skip
+        """[1, T, W] -> [1, T, W], as transformers' loop calls a layer."""
+        cos, sin = position_embeddings
+        x, update = self.step(hidden_states[0], None, cos[0], sin[0], batch, cache)
+        return (x + update)[None]
+
+    def step(
+        self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """x, update [T, W], cos, sin [T, R] -> x, update: the sum of the two is what a layer is given or gives."""
+        kernels, scoring = self._kernels, self._scoring
+        query_norm, key_norm = self._head_norms or (None, None)
+        keys, values = cache.keys[self.index], cache.values[self.index]
+        normed, x = self._norms[0](kernels, x, update)
+        query = kernels.rotary_write(
+            self._qkv.together(normed), cos, sin,
+            None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight,
+            0.0 if query_norm is None else query_norm.eps, query_norm is not None and query_norm.early,
+            keys, values, batch.slots,
+        )  # fmt: skip
+        heads = kernels.paged_attention(
+            query, keys, values, batch.tables, batch.rows, batch.reach,
+            scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks,
+        )  # fmt: skip
+        normed, x = self._norms[1](kernels, x, self.output(heads.view(len(x), -1)))
+        return x, self.down(kernels.gated(self._gate_up.together(normed), self._activation))
+
+
+def match(layer: nn.Module, head_dim: int) -> tuple[Parts, int] | None:
+    """The parts of a layer and its place in the cache, if its modules are those of the structure."""
+    attentions = [child for child in layer.children() if isinstance(getattr(child, "layer_idx", None), int)]
+    blocks = [child for child in layer.children() if any(isinstance(x, RowParallel) for x in child.children())]
+    norms = [child for child in layer.children() if child not in blocks]
+    if len(attentions) != 1 or len(blocks) != 2 or attentions[0] not in blocks or len(norms) != 2:
+        return None
+    (attention,) = attentions
+    (mlp,) = (block for block in blocks if block is not attention)
+    found, gated = _projections(attention, 3), _projections(mlp, 2)
+    if found is None or gated is None:
+        return None
+    qkv, output, head_norms = found
+    gate_up, down, rest = gated
+    query, key, value = qkv.widths
+    if key != value or query % key or key % head_dim or output.product.in_features != query:
+        return None
+    if len(head_norms) not in (0, 2) or len(rest) != 1 or len(set(gate_up.widths)) != 1:
+        return None
+    query_norm, key_norm = head_norms or (None, None)
+    index: int = attention.layer_idx  # type: ignore[assignment]
+    parts = Parts(norms[0], qkv, query_norm, key_norm, output, norms[1], gate_up, rest[0], down)
+    return parts, index
+
+
+def learn_norm(module: nn.Module, width: int, like: Tensor, kernels: ModuleType) -> Norm | None:
+    """The `Norm` that gives what a module gives for [M, width] like `like`, or None if none does."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not isinstance(eps, float) or (weight is not None and weight.shape != (width,)):
+        return None
+    own = torch.ones(width, device=like.device) if weight is None else weight.detach().float()
+    # Small rows, so that eps matters.
+    x = random_like(like, (6, width)) * torch.tensor([[1.0], [1.0], [30.0], [1e-3], [1e-2], [0.1]]).to(like)
+    wanted = module(x[None])[0]
+    best: tuple[int, Norm] | None = None
+    for norm in (Norm(shifted, eps, early) for shifted in (own, own + 1.0) for early in (True, False)):
+        found, _ = norm(kernels, x)
+        if near(found, wanted, 2.0) and (best is None or int((found != wanted).sum()) < best[0]):
+            best = int((found != wanted).sum()), norm
+    return None if best is None else best[1]
+
+
+def learn_activation(module: nn.Module, like: Tensor, kernels: ModuleType) -> str | None:
+    """The name that `kernels.gated` has for an activation module, or None."""
+    x = 3.0 * random_like(like, (4, 64))
+    wanted = module(x)
+    names = (name for name in GATES if near(kernels.gated(torch.cat([x, torch.ones_like(x)], 1), name), wanted, 2.0))
+    return next(names, None)
+
+
+def random_like(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Normal noise of a tensor's dtype and device, the same on every rank."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def near(found: Tensor, wanted: Tensor, steps: float) -> bool:
+    """Whether the two are so many roundings apart, each row by itself and on average."""
+    step = torch.finfo(wanted.dtype).eps
+    error = (found.double() - wanted.double()).square().mean(-1).sqrt()
+    return bool((error <= steps * step * wanted.double().square().mean(-1).sqrt()).all())
+
+
+def _projections(block: nn.Module, count: int) -> tuple[Siblings, RowParallel, list[nn.Module]] | None:
+    """A block's merged input projections, of which there must be `count`, its output projection, and what else it has."""
+    columns = sorted((x for x in block.children() if isinstance(x, ColumnParallel)), key=lambda x: x.index)
+    rows = [x for x in block.children() if isinstance(x, RowParallel)]
+    if len(columns) != count or len(rows) != 1 or rows[0].taken is not None:
+        return None
+    siblings = columns[0].siblings
+    whole = all(x.siblings is siblings and not x.gathered for x in columns)
+    if not whole or len(siblings.widths) != count:
+        return None
+    return siblings, rows[0], [x for x in block.children() if not isinstance(x, ColumnParallel | RowParallel)]
