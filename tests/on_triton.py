@@ -32,7 +32,7 @@ TABLE = tables.parse((tables.FOLDER / "default.json").read_text())
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
 # NaN and infinities are part of what is tested, and the interpreter's numpy warns of them.
-quiet = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+quiet = pytest.mark.filterwarnings("ignore:invalid value|All-NaN:RuntimeWarning")
 
 
 def there(function: Callable[..., Any]) -> Callable[..., Any]:

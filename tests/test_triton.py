@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
@@ -143,6 +144,15 @@ def test_without_triton_the_reference_steps_in_with_one_warning() -> None:
 def test_with_triton_a_gpu_gets_its_kernels() -> None:
     assert kernels.select(torch.device("cuda")) is gpu
     assert all(callable(getattr(reference, name)) for name in gpu.__all__)
+
+
+def test_the_compiler_takes_what_the_interpreter_takes(tmp_path: Path) -> None:
+    """For a device that needn't be there."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.triton_variants"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-4000:]
 
 
 @pytest.mark.gpu
