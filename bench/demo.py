@@ -9,52 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from launcher.results import stable
+from bench.jobs import ROOT, Outcome, run_job
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo/demo.yaml"
-CELLS = {  # name -> what it changes in the configuration; the first is the configuration itself
-    "int4 + speculation": [],
-    "int4": ["speculation.method=none"],
-    "16-bit + speculation": ["model.quantization=none"],
-    "16-bit": ["model.quantization=none", "speculation.method=none"],
+PLAIN, WIDE = {"speculation.method": "none"}, {"model.quantization": "none"}
+CELLS: dict[str, dict[str, str]] = {  # name -> what it changes in the configuration; the first is the configuration itself
+    "int4 + speculation": {},
+    "int4": PLAIN,
+    "16-bit + speculation": WIDE,
+    "16-bit": WIDE | PLAIN,
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One job's outcome: its summary, and its rows by custom_id without what depends on time."""
-
-    summary: dict[str, Any]
-    rows: dict[str, dict[str, Any]]
-
-
-def run(output: Path, ranks: int, changes: list[str], quiet: bool) -> Cell:
-    """Runs one cell from the beginning. Exits with the job's own code if it fails."""
-    results, summary = output / "results.jsonl", output / "summary.json"
-    command = ["deepspeed", "--num_gpus", str(ranks), "launcher/main.py", "--config", CONFIG]
-    command += ["--output", str(results), "--summary", str(summary)]
-    for change in changes:
-        command += ["--set", change]
-    print("$", *command, flush=True)
-    done = subprocess.run(command, cwd=ROOT, capture_output=quiet, text=True)
-    if done.returncode != 0 or not summary.exists():
-        print(done.stdout or "", done.stderr or "", file=sys.stderr)
-        sys.exit(done.returncode or 1)
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    return Cell(json.loads(summary.read_text()), {row["custom_id"]: stable(row) for row in rows})
-
-
-def table(cells: dict[str, Cell]) -> Table:
+def table(cells: dict[str, Outcome]) -> Table:
     """The four cells; "same output" compares a cell with its twin without speculation, row by row."""
     shown = Table(title="the four cells")
     for name in ("", "tokens/s", "mean acceptance length", "same output as without speculation"):
@@ -70,15 +43,15 @@ def table(cells: dict[str, Cell]) -> Table:
     return shown
 
 
-def completions(cell: Cell, count: int) -> list[tuple[str, str]]:
+def completions(cell: Outcome, count: int) -> list[tuple[str, str]]:
     """(prompt, text) of the first greedy completions that ran to a good length."""
     prompts = {}
     for line in (ROOT / CONFIG).parent.joinpath("prompts.jsonl").read_text().splitlines():
         request = json.loads(line)
         if "prompt" in request["body"] and request["body"].get("temperature") == 0:
             prompts[request["custom_id"]] = request["body"]["prompt"]
-    texts = [(prompts[key], cell.rows[key]["response"]["body"]["choices"][0]["text"]) for key in sorted(prompts)]
-    return [pair for pair in texts if len(pair[1]) > 100][:count]
+    pairs = [(prompts[key], cell.texts[key]) for key in sorted(prompts)]
+    return [pair for pair in pairs if len(pair[1]) > 100][:count]
 
 
 def main() -> int:
@@ -91,7 +64,8 @@ def main() -> int:
     cells = {}
     for number, (name, changes) in enumerate(CELLS.items()):
         directory = given.output if number == 0 else given.output / name.replace(" ", "")
-        cells[name] = run(directory, given.ranks, changes, quiet=number > 0)
+        main = number == 0
+        cells[name] = run_job(directory, given.ranks, changes, "--config", CONFIG, launcher="deepspeed", quiet=not main)
     for prompt, text in completions(cells["int4 + speculation"], 2):
         console.rule("a prompt, and how it was continued")
         console.print(prompt, style="dim", markup=False, end="")

@@ -12,14 +12,13 @@ import json
 import os
 import platform
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.jobs import ROOT, run_job
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
         "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
@@ -59,19 +58,14 @@ def write_prompts(path: Path, count: int, length: int, new_tokens: int) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def run_job(model: Path, prompts: Path, ranks: int, merge: str, batch: int, drafts: int) -> dict[str, Any]:
+def measure(model: Path, prompts: Path, ranks: int, merge: str, batch: int, drafts: int) -> dict[str, Any]:
     """The summary of one job."""
+    settings = {
+        "model.target": model, "engine.max_num_seqs": batch, "engine.max_model_len": 1024, "engine.device": "cpu",
+        "speculation.num_speculative_tokens": drafts, "coordination.merge": merge,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        settings = {
-            "model.target": model, "engine.max_num_seqs": batch, "engine.max_model_len": 1024,
-            "speculation.num_speculative_tokens": drafts, "coordination.merge": merge, "engine.device": "cpu",
-        }  # fmt: skip
-        command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(ranks), "launcher/main.py"]
-        command += ["--input", str(prompts), "--output", f"{scratch}/out.jsonl", "--summary", f"{scratch}/summary.json"]
-        command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        summary: dict[str, Any] = json.loads(Path(f"{scratch}/summary.json").read_text())
-        return summary
+        return run_job(Path(scratch), ranks, settings, "--input", str(prompts)).summary
 
 
 def rows(summary: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
@@ -98,7 +92,7 @@ def main() -> None:
         write_prompts(prompts, given.batch, 64, given.new_tokens)
         for ranks in given.ranks:
             for merge in ("group", "coordinator"):
-                summary = run_job(model, prompts, ranks, merge, given.batch, given.drafts)
+                summary = measure(model, prompts, ranks, merge, given.batch, given.drafts)
                 shares = {name: share for name, _, share in rows(summary)}
                 for name, milliseconds, share in rows(summary):
                     print(f"| {ranks} | {merge} | {name} | {milliseconds:.2f} | {share:.1%} |")

@@ -59,8 +59,10 @@ code and follow no instructions; trained on windows of {WINDOW} tokens, they are
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {{rows}}
 
-Data: {{data}}, without its tests and tables; {{share:.1f}} % of the files, chosen by a hash of their paths, were held
-out. Made on a CPU, whose speed decides the number of steps, with `{{command}}`.
+Data: {{data}}, without its tests and tables. Of the files, {{share:.1f}} % were held out,
+chosen by a hash of their paths. Made on a CPU, whose speed and load decide the number of steps, with
+
+    {{command}}
 
 Licence: the weights are under Apache-2.0. CPython's standard library, from which the default corpus and the held-out
 text and prompts beside this file are taken, is under the Python Software Foundation License.

@@ -88,20 +88,23 @@ def run_coordinator(config: RunConfig, given: argparse.Namespace) -> int:
 
 def run_rank(config: RunConfig, given: argparse.Namespace, topology: Topology) -> int:
     """Joins the job as this rank; the first rank brings the coordinator along."""
+    # How long OpenMP's threads spin before they sleep, read as torch loads. By default long enough that one other busy
+    # process on the machine makes everything many times slower; CONTRIBUTING.md has the numbers.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from workers.build import Place
     from workers.life import live
 
     group, groups = topology.group(config.parallel.tensor)
-    posted = board(topology, config.coordination.startup_timeout)
     one_host = topology.local_size == topology.size
     leads = topology.rank == 0
     endpoint = config.coordination.endpoint
-    scratch: str | None = None
     if endpoint is None and not one_host:
         raise ConfigError(
             "coordination.endpoint: needed where ranks run on several hosts, such as tcp://ADDRESS-OF-RANK-0:5555, "
             "with coordination.curve"
         )
+    posted = board(topology, config.coordination.startup_timeout)
+    scratch: str | None = None
     if endpoint is None:
         if leads:
             scratch = tempfile.mkdtemp(prefix="quasar-")  # of mode 0700: no other user can connect

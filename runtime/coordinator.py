@@ -138,7 +138,7 @@ class Coordinator:
             case Verdict():
                 actions = self._verdict(event)
             case Failure():
-                actions = self._end(event.code, f"rank {event.rank} failed: {event.reason}")
+                actions = self._end(event.code or exits.UNFORESEEN, f"rank {event.rank} failed: {event.reason}")
             case Silent():
                 actions = self._end(exits.LOST, f"rank {event.rank} has been silent for {event.seconds:.0f} seconds")
         return actions + self._plans()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -39,7 +41,8 @@ class BuildRefused(Exception):
 class Place:
     """Where a rank stands: rank of the job, its group's number and ranks, and who shares its host.
 
-    job: a name that no other job on these hosts has. store: torch's key-value store, None where no launcher gave one.
+    job: a name that no other job on these hosts has. store: torch's key-value store where the launcher has made one;
+    otherwise MASTER_ADDR and MASTER_PORT say where the ranks meet.
     """
 
     rank: int
@@ -102,26 +105,42 @@ def choose_device(wanted: str, place: Place) -> torch.device:
 
 def connect(config: RunConfig, place: Place, device: torch.device) -> Communicator:
     """How this rank talks to its group: memory on one host, NCCL between GPUs, gloo between hosts."""
-    members, timeout = place.members, config.coordination.timeout
-    rank = members.index(place.rank)
+    members, rank = place.members, place.members.index(place.rank)
+    # Ranks may come minutes apart; once all are there, a collective takes as long as a forward at most.
+    patience, timeout = config.coordination.startup_timeout, config.coordination.timeout
     if len(members) == 1:
         return Solo()
     if device.type == "cpu" and place.one_host:
         try:
-            return SharedMemory(f"{place.job}-{place.group}", rank, len(members), timeout)
+            memory = SharedMemory(f"{place.job}-{place.group}", rank, len(members), patience)
+            memory.timeout = timeout
+            return memory
         except BuildError as error:
             log.warning("falling back to gloo between the ranks of this host, which is many times slower: %s", error)
-    if place.store is None:
-        raise BuildRefused("these ranks need torch's rendezvous: start them with deepspeed, torchrun or mpirun")
+    if device.type == "cpu" and (interface := interface_to(os.environ.get("MASTER_ADDR", ""))):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=place.store,
+        init_method=None if place.store is not None else "env://",
         rank=place.rank,
         world_size=sum(map(len, place.groups)),
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=patience),
     )
-    mine = [dist.new_group(list(ranks)) for ranks in place.groups][place.group]
-    return TorchGroup(mine)
+    made = [dist.new_group(list(ranks), timeout=timedelta(seconds=timeout)) for ranks in place.groups]
+    return TorchGroup(made[place.group])
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface by which this host reaches another, or itself; gloo takes loopback if nobody tells it."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # of UDP: finds the route and sends nothing
+            address = probe.getsockname()[0]
+    except OSError:
+        return None
+    names = (name for name, addresses in psutil.net_if_addrs().items() if address in {a.address for a in addresses})
+    return next(names, None)
 
 
 def load_replica(config: RunConfig, target: Model, device: torch.device) -> Model | None:
