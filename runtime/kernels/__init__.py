@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib.util
 import logging
 from types import ModuleType
 
@@ -14,10 +15,12 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def select(device: torch.device) -> ModuleType:
-    """The module for a device: the C++ extension's on a CPU, built on first use; else the reference, with a warning."""
+    """The module for a device: C++ on a CPU, built on first use, Triton on a GPU; else the reference, with a warning."""
     from runtime.kernels import reference
     from runtime.kernels.build import BuildError
 
+    if device.type == "cuda":
+        return _for_gpus()
     if device.type != "cpu":
         return reference
     try:
@@ -26,3 +29,15 @@ def select(device: torch.device) -> ModuleType:
         log.warning("falling back to the reference kernels, which are many times slower: %s", error)
         return reference
     return cpu
+
+
+@functools.cache
+def _for_gpus() -> ModuleType:
+    from runtime.kernels import reference
+
+    if importlib.util.find_spec("triton") is None:
+        log.warning("falling back to the reference kernels, which are many times slower: triton isn't installed")
+        return reference
+    from runtime.kernels import gpu
+
+    return gpu

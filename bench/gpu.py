@@ -1,0 +1,256 @@
+"""One call that says what the GPU's kernels are worth on the card at hand, in less than ten minutes.
+
+    python -m bench.gpu                 # needs torch with CUDA, triton, and pytest for the tests marked gpu
+    python -m bench.gpu --dry-run       # tiny shapes in Triton's interpreter, on any machine: does it run at all
+
+First the card's own ceilings, copying and dense products; then each kernel beside what torch has (and gemlite where it
+is installed), at the layer shapes of Qwen3-8B and Qwen3-32B. Calls are replayed from a CUDA graph, so that no launch
+from Python is in a time, and go through so many copies of their weight that none is still in the card's cache.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import torch
+from torch import Tensor
+
+from bench.kernels import table
+from runtime.kernels import gpu, reference
+from runtime.kernels.packed import PackedInt4
+from runtime.quantize.int4 import Int4Weight
+
+ROOT = Path(__file__).parent.parent
+ROWS = [1, 2, 4, 8, 16, 32, 64]
+GROUP = 128
+COLD = 1 << 28  # bytes of copies a contender goes through: several times the largest cache of a card
+SHAPES = {  # [outputs, inputs]; q, k and v are one product, and so are gate and up
+    "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate+up": (24576, 4096), "8B down": (4096, 12288),
+    "32B qkv": (10240, 5120), "32B o": (5120, 8192), "32B gate+up": (51200, 5120), "32B down": (5120, 25600),
+}  # fmt: skip
+Run = Callable[[int], object]
+
+
+def microseconds(run: Run, calls: int, dry: bool = False) -> float:
+    """The median of seven replays of a graph of `calls` calls, for one call; dry: one call by the clock."""
+    if dry:
+        start = time.perf_counter()
+        run(0)
+        return (time.perf_counter() - start) * 1e6
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for turn in range(3):
+            run(turn)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(calls):
+            run(turn)
+    times = []
+    for _ in range(8):
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) * 1e3 / calls)
+    return statistics.median(times[1:])
+
+
+def ceilings(device: torch.device, dry: bool) -> tuple[float, float]:
+    """GB/s of a copy (read and written) and TFLOP/s of a dense bfloat16 product."""
+    size = 1 << 16 if dry else 1 << 30
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / microseconds(lambda _: target.copy_(source), 5, dry) / 1e3
+    side = 64 if dry else 8192
+    a, b = torch.randn(2, side, side, device=device).bfloat16()
+    out = torch.empty_like(a)
+    return copied, 2 * side**3 / microseconds(lambda _: torch.mm(a, b, out=out), 5, dry) / 1e6
+
+
+def weight_of(outputs: int, inputs: int, device: torch.device) -> Int4Weight:
+    """Random codes: time doesn't depend on them, and quantising the largest shapes would take longer than all else."""
+    codes = torch.randint(0, 16, (outputs, inputs), device=device, dtype=torch.uint8)
+    scale = (torch.rand(outputs, inputs // GROUP, device=device) / 100).bfloat16().float()
+    return Int4Weight(codes, scale, torch.full_like(scale, 8, dtype=torch.uint8), GROUP)
+
+
+def products(weight: Int4Weight, dry: bool) -> dict[str, tuple[Callable[[Tensor, int], Tensor], int, int] | str]:
+    """name -> (product of x and a turn, bytes it reads, its copies), or why there is none."""
+    result: dict[str, tuple[Callable[[Tensor, int], Tensor], int, int] | str] = {}
+
+    def add(name: str, make: Callable[[], tuple[Any, int, Callable[[Tensor, Any], Tensor]]]) -> None:
+        try:
+            first, size, product = make()
+            count = 1 if dry else max(2, -(-COLD // size))
+            copies = [first, *(make()[0] for _ in range(count - 1))]
+            result[name] = (lambda x, turn: product(x, copies[turn % count])), size, count
+        except Exception as error:  # a rival that can't run here is a line in the table, not the end of it
+            result[name] = _short(error)
+
+    def ours() -> tuple[PackedInt4, int, Callable[[Tensor, PackedInt4], Tensor]]:
+        packed = gpu.pack_int4(weight, "16bit")
+        return packed, packed.nbytes, gpu.int4_linear
+
+    def dense() -> tuple[Tensor, int, Callable[[Tensor, Tensor], Tensor]]:
+        wide = weight.dequantize().bfloat16()
+        return wide, wide.nbytes, torch.nn.functional.linear
+
+    def torchs() -> tuple[tuple[Tensor, Tensor], int, Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]]:
+        pairs = weight.codes[:, ::2] << 4 | weight.codes[:, 1::2]
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
+        scales = torch.stack([weight.scale.t(), torch.zeros_like(weight.scale.t())], -1).bfloat16().contiguous()
+        product = torch.ops.aten._weight_int4pack_mm
+        return (packed, scales), packed.nbytes + scales.nbytes, lambda x, p: product(x, p[0], GROUP, p[1])
+
+    def gemlite() -> tuple[Any, int, Callable[[Tensor, Any], Tensor]]:
+        from gemlite.core import DType, GemLiteLinear
+
+        outputs, inputs = weight.codes.shape
+        layer = GemLiteLinear(4, GROUP, inputs, outputs, input_dtype=DType.BF16, output_dtype=DType.BF16)
+        scale = weight.scale.bfloat16()
+        layer.pack(weight.codes, scale, torch.full_like(scale, 8), None)
+        return layer, weight.codes.numel() // 2 + scale.nbytes, lambda x, made: made.forward(x)
+
+    add("ours", ours)
+    add("torch bf16", dense)
+    add("torch int4", torchs)
+    add("gemlite", gemlite)
+    return result
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:80]
+
+
+def attention(sequences: int, rows: int, context: int, device: torch.device, dry: bool) -> dict[str, tuple[float, int]]:
+    """name -> (microseconds, bytes of keys and values): `rows` rows of each sequence, 32 heads over 8, 128 wide."""
+    heads, kv, dim, block = (4, 2, 16, 16) if dry else (32, 8, 128, 16)
+    blocks = context // block
+    layers = 1 if dry else 4
+    cache = torch.randn(layers, 2, sequences * blocks, kv, block, dim, device=device).bfloat16()
+    tables = torch.randperm(sequences * blocks, device=device).view(sequences, blocks).int()
+    which = torch.arange(sequences, device=device).repeat_interleave(rows).int()
+    positions = torch.arange(context - rows, context, device=device).repeat(sequences).int()
+    query = torch.randn(sequences * rows, heads, dim, device=device).bfloat16()
+    whole = cache.view(layers, 2, sequences, kv, context, dim)
+    mask = torch.arange(context, device=device)[None] <= positions[:rows, None]
+    split = query.view(sequences, rows, heads, dim).transpose(1, 2)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def ours(turn: int) -> Tensor:
+        keys, values = cache[turn % layers]
+        return gpu.paged_attention(query, keys, values, tables, which, positions, dim**-0.5)
+
+    def torchs(turn: int) -> Tensor:
+        keys, values = whole[turn % layers]
+        return sdpa(split, keys, values, attn_mask=mask, enable_gqa=True)
+
+    size = cache[0].nbytes
+    return {
+        "ours, paged": (microseconds(ours, 2 * layers, dry), size),
+        "torch, contiguous": (microseconds(torchs, 2 * layers, dry), size),
+    }
+
+
+def best(rows: int, vocab: int, device: torch.device, dry: bool) -> dict[str, tuple[float, int]]:
+    """name -> (microseconds, bytes): sampling, and torch's arg-max, which is greedy."""
+    logits = torch.randn(rows, vocab, device=device).bfloat16()
+    temperatures, seeds = torch.ones(rows, device=device), torch.arange(rows, device=device)
+    ours = microseconds(lambda _: gpu.best_tokens(logits, temperatures, seeds, seeds, 0), 10, dry)
+    greedy = microseconds(lambda _: logits.argmax(1), 10, dry)
+    return {"ours, sampled": (ours, logits.nbytes), "torch arg-max": (greedy, logits.nbytes)}
+
+
+def check(device: torch.device, dry: bool) -> float:
+    """The largest difference of our product from the reference's, relative to the largest result."""
+    weight = weight_of(64, 256, device) if dry else weight_of(1024, 4096, device)
+    x = torch.randn(5, weight.codes.shape[1], device=device).bfloat16()
+    expected = reference.int4_linear(x.float(), reference.pack_int4(weight, "16bit"))
+    return float((gpu.int4_linear(x, gpu.pack_int4(weight, "16bit")) - expected).abs().max() / expected.abs().max())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter, on a CPU")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--minutes", type=float, default=7.0, help="no product is begun after so many")
+    options = parser.parse_args(arguments)
+    dry, started, code = options.dry_run, time.monotonic(), 0
+    if not dry and not torch.cuda.is_available():
+        print("no CUDA device; --dry-run runs tiny shapes on a CPU", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if dry else "cuda")
+    torch.manual_seed(0)
+    print(f"{'dry run, times mean nothing' if dry else torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    copied, dense = ceilings(device, dry)
+    print(f"copies {copied:.0f} GB/s, dense bf16 product {dense:.0f} TFLOP/s")
+    print(f"our product's largest error, relative: {check(device, dry):.1e} (bfloat16 rounds by 3.9e-03)\n", flush=True)
+    shapes = {"tiny": (96, 256)} if dry else SHAPES
+    short: list[list[str]] = []
+    for name, (outputs, inputs) in shapes.items():
+        if (time.monotonic() - started) / 60 > options.minutes:
+            print(f"{name}: left out, {options.minutes:g} minutes are over")
+            continue
+        runs = products(weight_of(outputs, inputs, device), dry)
+        lines = []
+        for rows in options.rows[: 2 if dry else None]:
+            x = torch.randn(rows, inputs, device=device).bfloat16()
+            line, times = [str(rows)], {}
+            for contender, made in runs.items():
+                if isinstance(made, str):
+                    line.append("-")
+                    continue
+                product, size, copies = made
+                try:
+                    times[contender] = microseconds(functools.partial(product, x), 2 * copies, dry)
+                except RuntimeError as error:
+                    runs[contender] = _short(error)
+                    line.append("-")
+                    continue
+                rate = size / times[contender] / 1e3
+                line.append(f"{times[contender]:.1f} us, {rate:.0f} GB/s, {rate / copied:.0%}")
+            lines.append(line)
+            others = [f"{times[c] / times['ours']:.2f}x" if c in times else "-" for c in runs if c != "ours"]
+            if "ours" in times and rows in (1, 8, 64):
+                short.append([name, str(rows), f"{times['ours']:.1f}", *others])
+        print(f"{name}: {outputs} x {inputs}, groups of {GROUP}\n")
+        print(table(["rows", *runs], lines))
+        print("".join(f"{c}: {made}\n" for c, made in runs.items() if isinstance(made, str)), flush=True)
+        code |= isinstance(runs["ours"], str)
+        del runs
+    for sequences, rows, context in [(2, 2, 64)] if dry else [(1, 1, 4096), (8, 4, 2048), (32, 6, 2048), (64, 1, 2048)]:
+        for who, (us, size) in attention(sequences, rows, context, device, dry).items():
+            rate = size / us / 1e3
+            what = f"attention, {sequences} x {rows} rows over {context}"
+            print(f"{what}: {who} {us:.1f} us, {rate:.0f} GB/s, {rate / copied:.0%}")
+    for rows in [2] if dry else [1, 16, 64]:
+        for who, (us, size) in best(rows, 2000 if dry else 151936, device, dry).items():
+            print(f"best tokens, {rows} rows: {who} {us:.1f} us, {size / us / 1e3:.0f} GB/s")
+    left = max(30.0, 570 - (time.monotonic() - started))
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_triton*.py"))]
+    print("\ntests marked gpu:", flush=True)
+    try:
+        tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
+        code |= subprocess.run(tests, cwd=ROOT, timeout=left).returncode
+    except subprocess.TimeoutExpired:
+        print(f"not done after {left:.0f} s")
+        code |= 1
+    print("\nours in microseconds, and how many times as long the others take:\n")
+    print(table(["shape", "rows", "ours", "torch bf16", "torch int4", "gemlite"], short))
+    return int(bool(code))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

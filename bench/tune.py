@@ -1,0 +1,127 @@
+"""Finds a device's tuned parameters and writes them as `runtime/kernels/tuned/<device>.json`.
+
+    python -m bench.tune                # some minutes, on the device to be tuned
+
+For each tile of rows every combination of the int4 product's parameters is timed at the layer shapes of Qwen3-8B and
+Qwen3-32B; the least geometric mean of times wins. A table changes no bit of any result, which is checked here as well.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from bench.gpu import SHAPES, microseconds, weight_of
+from runtime.kernels import gpu
+from runtime.kernels.gpu.attention import attend
+from runtime.kernels.gpu.linear import multiply
+from runtime.kernels.gpu.table import FOLDER, Table, Tile, parse, slug
+from runtime.kernels.packed import PackedInt4
+
+OUTPUTS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4)
+PROGRAMS = (1.0, 2.0, 4.0)  # for each of the device's processors
+
+
+def time_of(table: Table, rows: int, weights: Sequence[list[PackedInt4]]) -> float:
+    """Geometric mean over the weights, in microseconds; infinity for what the device can't hold."""
+    logs = []
+    for copies in weights:
+        x = torch.randn(rows, copies[0].in_features, device="cuda").bfloat16()
+        try:
+            run = functools.partial(_turn, x, copies, table)
+            logs.append(math.log(microseconds(run, 2 * len(copies))))
+        except (RuntimeError, ValueError) as error:
+            print(f"  {error!r}"[:100])
+            return math.inf
+        except Exception as error:  # Triton's own for too much shared memory, which has no public name
+            if type(error).__name__ != "OutOfResources":
+                raise
+            return math.inf
+    return math.exp(sum(logs) / len(logs))
+
+
+def _turn(x: torch.Tensor, copies: list[PackedInt4], table: Table, turn: int) -> object:
+    return multiply(x, copies[turn % len(copies)], table)
+
+
+def tune_attention(table: Table) -> Table:
+    """Warps and stages for 16 sequences of 4 rows and 2048 keys."""
+    cache = torch.randn(2, 2048, 8, 16, 128, device="cuda").bfloat16()
+    tables = torch.randperm(2048, device="cuda").view(16, 128).int()
+    which = torch.arange(16, device="cuda").repeat_interleave(4).int()
+    positions = torch.arange(2044, 2048, device="cuda").repeat(16).int()
+    query = torch.randn(64, 32, 128, device="cuda").bfloat16()
+    times = {}
+    for warps, stages in itertools.product((2, 4, 8), (1, 2, 3)):
+        tried = dataclasses.replace(table, attention_warps=warps, attention_stages=stages)
+
+        def run(_: int, tried: Table = tried) -> object:
+            return attend(query, cache[0], cache[1], tables, which, positions, 128**-0.5, 0, 0.0, None, tried)
+
+        try:
+            times[warps, stages] = microseconds(run, 10)
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":
+                raise
+    warps, stages = min(times, key=lambda k: times[k])
+    print(f"attention: {warps} warps, {stages} stages, {times[warps, stages]:.1f} us")
+    return dataclasses.replace(table, attention_warps=warps, attention_stages=stages)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["8B qkv", "8B down", "32B o"])
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no CUDA device", file=sys.stderr)
+        return 2
+    device, name = torch.device("cuda"), torch.cuda.get_device_name()
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    table = parse((FOLDER / "default.json").read_text())
+    weights = []
+    for shape in options.shapes:
+        packed = gpu.pack_int4(weight_of(*SHAPES[shape], device), "16bit")
+        count = max(2, -(-(1 << 28) // packed.nbytes))
+        weights.append([dataclasses.replace(packed, codes=packed.codes.clone()) for _ in range(count)])
+    x = torch.randn(200, weights[0][0].in_features, device=device).bfloat16()
+    expected = multiply(x, weights[0][0], table)
+    product = {}
+    for rows in (16, 32, 64, 128):
+        times: dict[tuple[Tile, int], float] = {}
+        for outputs, warps, stages in itertools.product(OUTPUTS, WARPS, STAGES):
+            tile = Tile(outputs, warps, stages)
+            tried = dataclasses.replace(table, product={16: table.product[16], rows: tile})
+            times[tile, rows] = time_of(tried, rows, weights)
+        best, _ = min(times, key=lambda k: times[k])
+        product[rows] = best
+        print(f"{rows} rows: {best}, {times[best, rows]:.1f} us", flush=True)
+    table = dataclasses.replace(table, product=product)
+    tries = {round(p * processors): dataclasses.replace(table, programs=round(p * processors)) for p in PROGRAMS}
+    programs = min(tries, key=lambda p: time_of(tries[p], 1, weights) * time_of(tries[p], 64, weights))
+    table = tune_attention(tries[programs])
+    if not torch.equal(multiply(x, weights[0][0], table), expected):
+        print("the new table changes bits of the product, so it isn't written; please report this", file=sys.stderr)
+        return 1
+    path = FOLDER / f"{slug(name)}.json"
+    path.write_text(json.dumps(as_json(table), indent=2) + "\n")
+    print(f"{path}: {programs} programs")
+    return 0
+
+
+def as_json(table: Table) -> dict[str, object]:
+    """What `parse` reads back."""
+    return {
+        "product": {str(rows): dataclasses.asdict(tile) for rows, tile in table.product.items()},
+        "programs": table.programs,
+        "attention": {"warps": table.attention_warps, "stages": table.attention_stages},
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

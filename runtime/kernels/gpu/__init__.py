@@ -1,0 +1,14 @@
+"""The kernels in Triton, for GPUs; every function's docstring stands beside the reference's function of the same name.
+
+On a device nothing is checked that only its memory knows - slots, blocks, positions - as a look would stop the device
+in every layer: what lies outside its table or cache counts as unseen, or isn't written. `runtime.batch` checks these on
+the host. Products of eight-bit activations or weights have no fast kernel here and are the reference's: right and slow.
+"""
+
+from runtime.kernels.gpu.attention import paged_attention
+from runtime.kernels.gpu.cache import write_cache
+from runtime.kernels.gpu.linear import int4_linear, pack_int4
+from runtime.kernels.gpu.sampling import best_tokens
+from runtime.kernels.reference import int8_linear, pack_int8
+
+__all__ = ["best_tokens", "int4_linear", "int8_linear", "pack_int4", "pack_int8", "paged_attention", "write_cache"]

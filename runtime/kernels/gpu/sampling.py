@@ -1,0 +1,108 @@
+"""The best token of every row: a program for each row and tile of the vocabulary, and one a row that merges the tiles."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from runtime.kernels.arguments import check_best
+
+TILE = 1024  # tokens of a program
+NO_ID = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _word(token, position, key0, key1):
+    """The first word of Philox-4x32-10 of `runtime/noise.py`; all arguments are uint32."""
+    c0, c1 = token, position
+    c2 = tl.zeros_like(token)
+    c3 = c2
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, tl.full(c0.shape, 0xD2511F53, tl.uint32)), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, tl.full(c2.shape, 0xCD9E8D57, tl.uint32)), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = key0 + 0x9E3779B9, key1 + 0xBB67AE85
+    return c0
+
+
+@triton.jit
+def _log(x):
+    """Natural logarithm of positive normal float32, to some two units in the last place, near 1 as well.
+
+    The device's fast logarithm errs by 2^-22 whatever the size of its result, and the best tokens' noise comes from
+    numbers next to 1. Here x = m * 2^e with m around 1, and log m = 2 atanh(s) with s = (m - 1) / (m + 1), by its series.
+    """
+    bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2): m lies between it and its double
+    e = (bits >> 23).to(tl.float32)
+    m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    f = m - 1.0
+    s = tl.div_rn(f, m + 1.0)
+    z = s * s
+    series = tl.fma(tl.fma(tl.fma(z, 0.22222222, 0.2857143), z, 0.4), z, 0.6666667)
+    # f - s * f is 2s, and f is exact: the sum keeps f's bits.
+    rest = tl.fma(z * s, series, s * -f)
+    return tl.fma(e, 0.693359375, f + tl.fma(e, -2.12194440e-4, rest))
+
+
+@triton.jit
+def _tiles(
+    logits, temperatures, seeds, positions, scores, ids, stride, first, VOCAB: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tile * TILE + tl.arange(0, TILE)
+    inside = token < VOCAB
+    score = tl.load(logits + row * stride + token, mask=inside, other=float("-inf")).to(tl.float32)
+    temperature = tl.load(temperatures + row)
+    broken = tl.max((score != score).to(tl.int32), axis=0)
+    if temperature > 0:
+        seed = tl.load(seeds + row)
+        position = tl.load(positions + row).to(tl.uint32) + tl.zeros((TILE,), tl.uint32)
+        word = _word((token + first).to(tl.uint32), position, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+        uniform = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-7
+        score = tl.div_rn(score, temperature + tl.zeros_like(score)) - _log(-_log(uniform))
+        broken = tl.maximum(broken, tl.max((score != score).to(tl.int32), axis=0))
+    best = tl.max(score, axis=0)
+    ident = tl.min(tl.where(inside & (score == best), token, NO_ID), axis=0)
+    place = row * tl.num_programs(1) + tile
+    tl.store(scores + place, tl.where(broken > 0, float("nan"), best))
+    tl.store(ids + place, ident)
+
+
+@triton.jit
+def _merge(scores, ids, best_scores, best_ids, first, tiles, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, WIDTH)
+    best = tl.full((WIDTH,), float("-inf"), tl.float32)
+    ident = tl.full((WIDTH,), NO_ID, tl.int32)
+    broken = tl.zeros((WIDTH,), tl.int32)
+    for start in range(0, tiles, WIDTH):
+        inside = start + i < tiles
+        score = tl.load(scores + row * tiles + start + i, mask=inside, other=float("-inf"))
+        token = tl.load(ids + row * tiles + start + i, mask=inside, other=NO_ID)
+        broken |= (score != score).to(tl.int32)
+        better = (score > best) | ((score == best) & (token < ident))
+        best, ident = tl.where(better, score, best), tl.where(better, token, ident)
+    top = tl.max(best, axis=0)
+    winner = tl.min(tl.where(best == top, ident, NO_ID), axis=0)
+    failed = tl.max(broken, axis=0) > 0
+    tl.store(best_scores + row, tl.where(failed, float("nan"), top))
+    tl.store(best_ids + row, tl.where(failed, 0, winner).to(tl.int64) + first)
+
+
+def best_tokens(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    check_best(logits, temperatures, seeds, positions)
+    rows, vocab = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tiles = triton.cdiv(vocab, TILE)
+    scores, best_scores = logits.new_empty(rows, tiles, dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
+    ids, best_ids = logits.new_empty(rows, tiles, dtype=torch.int32), logits.new_empty(rows, dtype=torch.int64)
+    if rows:
+        _tiles[(rows, tiles)](
+            logits, temperatures.contiguous(), seeds.contiguous(), positions.contiguous(), scores, ids, logits.stride(0),
+            first, VOCAB=vocab, TILE=TILE,
+        )  # fmt: skip
+        _merge[(rows,)](scores, ids, best_scores, best_ids, first, tiles, WIDTH=256)
+    return best_scores, best_ids

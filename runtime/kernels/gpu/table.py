@@ -1,0 +1,65 @@
+"""Tuned parameters: a JSON file for each device under `runtime/kernels/tuned/`, made by `python -m bench.tune`.
+
+They say how the work is spread over a device and never what is added in which order: a table changes the time a kernel
+takes and not one bit of its result. A device without a file of its own gets `default.json`; nothing is tuned at start.
+"""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent.parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program of the int4 product works: outputs of its tile, warps, and loads under way at once."""
+
+    outputs: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        # From 64 outputs on every row tile uses one kind of matrix instruction; see linear.py.
+        if self.outputs not in (64, 128, 256) or self.warps not in (4, 8) or not 1 <= self.stages <= 8:
+            raise ValueError(f"a tile has 64, 128 or 256 outputs, 4 or 8 warps and 1 to 8 stages, not {self}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """product: rows of a tile (16, 32, 64, 128) -> Tile. programs: fewer than so many leave the device idle."""
+
+    product: dict[int, Tile]
+    programs: int
+    attention_warps: int
+    attention_stages: int
+
+
+def parse(text: str) -> Table:
+    """Reads a table. Raises ValueError for anything that isn't one."""
+    data: dict[str, Any] = json.loads(text)
+    try:
+        product = {int(rows): Tile(**tile) for rows, tile in data["product"].items()}
+        table = Table(product, int(data["programs"]), int(data["attention"]["warps"]), int(data["attention"]["stages"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a table of tuned parameters: {error!r}") from error
+    if not product or not set(product) <= {16, 32, 64, 128} or 16 not in product or table.programs < 1:
+        raise ValueError("row tiles are 16 and some of 32, 64 and 128; programs is 1 or more")
+    return table
+
+
+def slug(name: str) -> str:
+    """A device's name as a file's: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def table_of(device: torch.device) -> Table:
+    """A device's own table, or the default. Raises ValueError for a broken one."""
+    own = FOLDER / f"{slug(torch.cuda.get_device_name(device))}.json" if device.type == "cuda" else None
+    return parse((own if own is not None and own.exists() else FOLDER / "default.json").read_text())
