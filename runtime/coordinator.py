@@ -16,9 +16,10 @@ from configs import exits
 from runtime.blocks import BlockPool
 from runtime.detokenizer import StopWatch
 from runtime.group import Group, Limits
+from runtime.logprobs import Logprobs
 from runtime.messages import Failure, Farewell, Hello, Message, Report, Stop, Verdict
-from runtime.request import Completion, Request, SpeculationStats
-from runtime.sequence import Sequence
+from runtime.request import Completion, Request, SpeculationStats, TokenLogprob
+from runtime.sequence import Sampling, Sequence
 from runtime.verify import Decision, NotANumber, decide, merge
 
 
@@ -78,6 +79,19 @@ class Track:
     request: Request
     stats: SpeculationStats
     watch: StopWatch
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; a later one is written over an earlier
+
+    def output_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob, ...] | None:
+        """Of every output token, where the request asks for them."""
+        if self.request.params.logprobs is None:
+            return None
+        return tuple(self.logprobs[position] for position in range(sequence.num_prompt, sequence.num_committed))
+
+    def prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
+        """Of every prompt token, where the request asks for them; nothing foretells the first."""
+        if self.request.params.prompt_logprobs is None:
+            return None
+        return (None, *(self.logprobs[position] for position in range(1, sequence.num_prompt)))
 
 
 @dataclass(slots=True)
@@ -164,8 +178,7 @@ class Coordinator:
             num_prompt=len(request.prompt),
             limit=limit,
             ends=ends,
-            temperature=params.temperature,
-            seed=params.seed,
+            sampling=Sampling.of(params),
         )
         self._waiting.append(sequence)
         self._tracks[request.index] = Track(request, SpeculationStats(), StopWatch(self.decode, params.stop))
@@ -197,7 +210,7 @@ class Coordinator:
         heads = [group.reports[rank].popleft() for rank in group.ranks]  # one report makes one round whole at most
         if len({(h.plan, h.digest, h.last) for h in heads}) > 1 or heads[0].decision is None:
             return self._end(exits.DISAGREED, f"the ranks of group {group.number} decided differently: {digests(heads)}")
-        return self._commit(group, heads[0].plan, heads[0].decision, heads[0].last)
+        return self._commit(group, heads[0].plan, heads[0].decision, heads[0].logprobs, heads[0].last)
 
     def _verdict(self, verdict: Verdict) -> list[Action]:
         group = self._group_of(verdict.rank)
@@ -214,9 +227,11 @@ class Coordinator:
             return self._end(exits.DEVICE, str(error))
         decision = decide(first.slots, first.decides.astype(bool), first.num_drafts, first.drafts, targets)
         group.decision = decision
-        return self._commit(group, first.plan, decision, last=True)
+        return self._commit(group, first.plan, decision, first.logprobs, last=True)
 
-    def _commit(self, group: Group, number: int, decision: Decision, last: bool) -> list[Action]:
+    def _commit(
+        self, group: Group, number: int, decision: Decision, logprobs: Logprobs | None, last: bool
+    ) -> list[Action]:
         """Applies a round's decision to the sequences that its plan was made for."""
         plan = group.under_way[0] if group.under_way else None
         if plan is None or plan.number != number:
@@ -225,6 +240,10 @@ class Coordinator:
         if last:
             group.under_way.popleft()
         self.num_rounds += len(decision.slots) > 0
+        for slot, by_position in {} if logprobs is None else logprobs.by_slot().items():
+            track = self._tracks.get(plan.sequences[slot].index)
+            if track is not None:
+                track.logprobs |= by_position
         actions: list[Action] = []
         offset = 0
         rows = zip(decision.slots.tolist(), decision.num_drafts.tolist(), decision.num_tokens.tolist(), strict=True)
@@ -244,6 +263,8 @@ class Coordinator:
         for token in tokens:
             sequence.commit([token])
             text = None if token in sequence.ends else track.watch.push(token)
+            if sequence.num_committed - sequence.num_prompt <= track.request.params.min_tokens:
+                text = None  # no end yet
             if text is not None:
                 sequence.finish("stop")
             if sequence.finish_reason is not None:
@@ -264,6 +285,8 @@ class Coordinator:
                     text=text,
                     finish_reason=sequence.finish_reason,
                     stats=track.stats,
+                    logprobs=track.output_logprobs(sequence),
+                    prompt_logprobs=track.prompt_logprobs(sequence),
                 )
             )
         ]

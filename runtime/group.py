@@ -186,6 +186,5 @@ def admission(sequence: Sequence) -> Admission:
         num_prompt=sequence.num_prompt,
         limit=sequence.limit,
         ends=sorted(sequence.ends),
-        temperature=sequence.temperature,
-        seed=sequence.seed,
+        sampling=sequence.sampling,
     )

@@ -12,11 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from runtime.blocks import BlockPool, blocks_for
 from runtime.group import Group, Limits
 from runtime.messages import Plan
-from runtime.sequence import Sequence
+from runtime.sequence import Sampling, Sequence
 
 
 def sequence(index: int, num_prompt: int, wanted: int) -> Sequence:
-    return Sequence(index, -1, list(range(num_prompt)), num_prompt, num_prompt + wanted, frozenset(), 0.0, 0)
+    return Sequence(index, -1, list(range(num_prompt)), num_prompt, num_prompt + wanted, frozenset(), Sampling())
 
 
 class GroupMachine(RuleBasedStateMachine):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import secrets
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from runtime.request import Request, SamplingParams
+from runtime.request import Completion, Request, SamplingParams
 from tests.driver import demo_config, run
 
 NUM_REQUESTS, NUM_LONG = 16, 4
@@ -22,6 +24,30 @@ def seed() -> int:
     value = int(os.environ.get("QUASAR_SEED") or secrets.randbits(31))
     print(f"QUASAR_SEED={value}")
     return value
+
+
+def wishes(rng: random.Random, tokens: list[int]) -> dict[str, Any]:
+    """Random values for some of what a request may ask for besides."""
+
+    def word() -> tuple[int, ...]:
+        start = rng.randrange(len(tokens) - 3)
+        return tuple(tokens[start : start + rng.randint(1, 3)])
+
+    ways: dict[str, Callable[[], Any]] = {
+        "top_p": lambda: rng.choice([0.3, 0.9, 0.999]),
+        "top_k": lambda: rng.choice([1, 5, 50, 200]),
+        "min_p": lambda: rng.choice([0.01, 0.2]),
+        "presence_penalty": lambda: rng.uniform(-1, 2),
+        "frequency_penalty": lambda: rng.uniform(-0.5, 1),
+        "repetition_penalty": lambda: rng.choice([0.9, 1.2]),
+        "min_tokens": lambda: rng.choice([1, 10, 40]),
+        "logit_bias": lambda: tuple((token, rng.uniform(-5, 5)) for token in rng.sample(range(4000), 20)),
+        "allowed_token_ids": lambda: tuple(rng.sample(sorted(set(tokens)), 100)),
+        "bad_words": lambda: tuple(word() for _ in range(200)),
+        "logprobs": lambda: rng.choice([0, 3, 20]),
+        "prompt_logprobs": lambda: rng.choice([0, 3, 20]),
+    }
+    return {name: way() for name, way in ways.items() if rng.random() < 0.25}
 
 
 @cache
@@ -41,16 +67,19 @@ def requests(seed: int) -> tuple[Request, ...]:
             ignore_eos=rng.random() < 0.5,
             stop_token_ids=tuple(rng.sample(range(300), 2)) if rng.random() < 0.5 else (),
             stop=(f" {rng.randrange(300)} ",) if rng.random() < 0.3 else (),
+            **wishes(rng, tokens),
         )
         made.append(Request(index, tuple(tokens[start : start + length]), params))
     for index in range(NUM_REQUESTS - NUM_LONG, NUM_REQUESTS):  # what fills a small cache for certain
-        params = SamplingParams(temperature=0.6, seed=index, max_tokens=100, ignore_eos=True)
+        params = SamplingParams(
+            temperature=0.6, seed=index, max_tokens=100, ignore_eos=True, top_p=0.95, logprobs=2, prompt_logprobs=1
+        )
         made.append(Request(index, tuple(tokens[index : index + 20]), params))
     return tuple(made)
 
 
 @cache
-def plain(seed: int, quantization: str, dtype: str) -> dict[int, tuple[tuple[int, ...], str, str]]:
+def plain(seed: int, quantization: str, dtype: str) -> dict[int, tuple[Any, ...]]:
     """Every request decoded alone, one token at a time."""
     config = demo_config(
         f"model.quantization={quantization}", f"model.dtype={dtype}", "speculation.method=none", "engine.max_num_seqs=1",
@@ -59,8 +88,8 @@ def plain(seed: int, quantization: str, dtype: str) -> dict[int, tuple[tuple[int
     return {request.index: outcome(run(config, [request]).completions[request.index]) for request in requests(seed)}
 
 
-def outcome(completion):
-    return completion.tokens, completion.text, completion.finish_reason
+def outcome(completion: Completion) -> tuple[Any, ...]:
+    return completion.tokens, completion.text, completion.finish_reason, completion.logprobs, completion.prompt_logprobs
 
 
 SETTINGS = {
