@@ -79,13 +79,14 @@ def requests(seed: int) -> tuple[Request, ...]:
 
 
 @cache
-def plain(seed: int, quantization: str, dtype: str) -> dict[int, tuple[Any, ...]]:
+def plain(seed: int, quantization: str, dtype: str, size: int) -> dict[int, tuple[Any, ...]]:
     """Every request decoded alone, one token at a time."""
     config = demo_config(
         f"model.quantization={quantization}", f"model.dtype={dtype}", "speculation.method=none", "engine.max_num_seqs=1",
         "engine.max_num_batched_tokens=2048",
     )  # fmt: skip
-    return {request.index: outcome(run(config, [request]).completions[request.index]) for request in requests(seed)}
+    job = run(config, requests(seed), size)
+    return {index: outcome(completion) for index, completion in job.completions.items()}
 
 
 def outcome(completion: Completion) -> tuple[Any, ...]:
@@ -120,19 +121,25 @@ def test_same_tokens_in_other_arithmetic(name: str, quantization: str, dtype: st
     check(name, seed, quantization, dtype)
 
 
-def check(name: str, seed: int, quantization: str, dtype: str) -> None:
-    settings = [s.format(small=small_cache("model" in " ".join(SETTINGS[name]), dtype)) for s in SETTINGS[name]]
+@pytest.mark.parametrize("name", ["model", "small cache, coordinator merges", "suffix"])
+def test_same_tokens_on_two_ranks(name: str, seed: int) -> None:
+    """The vocabulary and all else in two: what ranks exchange must not depend on who else is there."""
+    check(name, seed, "int4", "auto", size=2)
+
+
+def check(name: str, seed: int, quantization: str, dtype: str, size: int = 1) -> None:
+    settings = [s.format(small=small_cache("model" in " ".join(SETTINGS[name]), dtype, size)) for s in SETTINGS[name]]
     config = demo_config(f"model.quantization={quantization}", f"model.dtype={dtype}", *settings)
-    job = run(config, requests(seed))
-    expected = plain(seed, quantization, dtype)
+    job = run(config, requests(seed), size)
+    expected = plain(seed, quantization, dtype, size)
     assert {index: outcome(completion) for index, completion in job.completions.items()} == expected
     assert all(group.pool.num_free == group.pool.size for group in job.machine._ready.values())
     if "small cache" in name:
         assert job.admissions > NUM_REQUESTS, "the cache was large enough after all"
 
 
-def small_cache(with_draft: bool, dtype: str) -> int:
-    """Bytes for some 230 tokens: one of these sequences fits, two large ones do not."""
+def small_cache(with_draft: bool, dtype: str, size: int) -> int:
+    """Bytes for 240 tokens, whole blocks of any size: one of these sequences fits, two large ones do not."""
     width = 4 if dtype == "float32" else 2
-    target, draft = 2 * 4 * 4 * 64 * width, 2 * 2 * 2 * 32 * width  # keys and values, layers, KV heads, head_dim
-    return 230 * (target + (draft if with_draft else 0))
+    target, draft = 2 * 4 * 4 * 64 * width // size, 2 * 2 * 2 * 32 * width  # keys and values, layers, KV heads, head_dim
+    return 240 * (target + (draft if with_draft else 0))
