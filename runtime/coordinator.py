@@ -263,8 +263,6 @@ class Coordinator:
         for token in tokens:
             sequence.commit([token])
             text = None if token in sequence.ends else track.watch.push(token)
-            if sequence.num_committed - sequence.num_prompt <= track.request.params.min_tokens:
-                text = None  # no end yet
             if text is not None:
                 sequence.finish("stop")
             if sequence.finish_reason is not None:
