@@ -53,10 +53,10 @@ def some_message(kind: str, rng: random.Random) -> Message:
     seed = rng.choice([-(2**63), -1, 0, 2**63 - 1])
 
     def admission() -> Admission:
-        return Admission(number(), number(), numbers(), number(), number(), numbers(), rng.random(), seed)
+        return Admission(number(), number(), numbers(), number(), number(), numbers(), rng.random(), seed, number(), number())
 
     makers: dict[str, Any] = {
-        "Hello": lambda: Hello(number(), number(), text, number(), number(), number(), numbers()),
+        "Hello": lambda: Hello(number(), number(), text, number(), number(), number(), numbers(), text),
         "Plan": lambda: Plan(
             number(), number(), some_decision(rng), numbers(), [admission() for _ in range(rng.choice([0, 1, 3]))],
             {number(): numbers() for _ in range(3)},
@@ -115,8 +115,8 @@ def test_strided_arrays_are_written_in_order() -> None:
 NONE = {"array": "<i4", "length": 0}
 NO_SCORES = {"array": "<f4", "length": 0}
 VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE]
-HELLO = [0, 0, "", 1, 1, 1, [2]]
-ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], 0.5, 0]}
+HELLO = [0, 0, "", 1, 1, 1, [2], ""]
+ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], 0.5, 0, 0, 0]}
 PLAN = [1, 1, None, [], [ADMISSION], {0: [1]}]
 REPORT = [0, 1, b"", True, None]
 

@@ -103,4 +103,6 @@ def admit(newcomer: Admission) -> Sequence:
         ends=frozenset(newcomer.ends),
         temperature=newcomer.temperature,
         seed=newcomer.seed,
+        copy=newcomer.copy,
+        num_computed=newcomer.num_computed,
     )
