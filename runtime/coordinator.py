@@ -7,14 +7,13 @@ ends the job. A shell feeds it events in any order in which the network brings t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from configs import exits
 from runtime.blocks import BlockPool
-from runtime.detokenizer import StopWatch
+from runtime.detokenizer import Decode, Stopped, StopWatch, whole_text
 from runtime.group import Group, Limits
 from runtime.logprobs import Logprobs
 from runtime.messages import Failure, Farewell, Hello, Message, Report, Stop, Verdict
@@ -78,6 +77,7 @@ class Track:
 
     request: Request
     stats: SpeculationStats
+    decode: Decode
     watch: StopWatch
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; a later one is written over an earlier
 
@@ -96,11 +96,13 @@ class Track:
 
 @dataclass(slots=True)
 class Coordinator:
-    """All state of a job. `decode` turns output tokens into text; `groups` lists the ranks of every group."""
+    """All state of a job. `groups` lists the ranks of every group. `decode` turns output tokens into text without special
+    tokens, `decode_special` shows these too; without one they are the same."""
 
     groups: list[tuple[int, ...]]
     limits: Limits
-    decode: Callable[[list[int]], str]
+    decode: Decode
+    decode_special: Decode | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     num_rounds: int = 0
     stop: Stop | None = None
@@ -108,7 +110,7 @@ class Coordinator:
     hellos: dict[int, Hello] = field(default_factory=dict)
     _ready: dict[int, Group] = field(default_factory=dict)
     _waiting: deque[Sequence] = field(default_factory=deque)
-    _tracks: dict[int, Track] = field(default_factory=dict)
+    _tracks: dict[tuple[int, int], Track] = field(default_factory=dict)
     _closed: bool = False
 
     @property
@@ -179,9 +181,13 @@ class Coordinator:
             limit=limit,
             ends=ends,
             sampling=Sampling.of(params),
+            copy=request.copy,
+            borrows=params.prompt_logprobs is None,
         )
         self._waiting.append(sequence)
-        self._tracks[request.index] = Track(request, SpeculationStats(), StopWatch(self.decode, params.stop))
+        decode = self.decode if params.skip_special_tokens else self.decode_special or self.decode
+        watch = StopWatch(decode, params.stop, params.include_stop_str_in_output, params.min_tokens)
+        self._tracks[sequence.name] = Track(request, SpeculationStats(), decode, watch)
         return []
 
     def _hello(self, hello: Hello) -> list[Action]:
@@ -241,7 +247,7 @@ class Coordinator:
             group.under_way.popleft()
         self.num_rounds += len(decision.slots) > 0
         for slot, by_position in {} if logprobs is None else logprobs.by_slot().items():
-            track = self._tracks.get(plan.sequences[slot].index)
+            track = self._tracks.get(plan.sequences[slot].name)
             if track is not None:
                 track.logprobs |= by_position
         actions: list[Action] = []
@@ -256,38 +262,49 @@ class Coordinator:
         return actions
 
     def _advance(self, group: Group, sequence: Sequence, num_drafts: int, tokens: list[int]) -> list[Action]:
-        track = self._tracks[sequence.index]
+        track = self._tracks[sequence.name]
         for stats in (track.stats, self.stats):
             stats.count(num_drafts, len(tokens) - 1)
-        text: str | None = None
+        stopped: Stopped | None = None
         for token in tokens:
             sequence.commit([token])
-            text = None if token in sequence.ends else track.watch.push(token)
-            if text is not None:
+            stopped = None if token in sequence.ends else track.watch.push(token)
+            if stopped is not None:
                 sequence.finish("stop")
             if sequence.finish_reason is not None:
                 break
         if sequence.finish_reason is None:
             return []
-        group.retire(sequence)
-        del self._tracks[sequence.index]
-        output = sequence.output
-        if text is None:
-            text = self.decode(output[:-1] if output[-1] in sequence.ends else output)
-        return [
-            Finished(
-                Completion(
-                    index=sequence.index,
-                    num_prompt_tokens=sequence.num_prompt,
-                    tokens=tuple(output),
-                    text=text,
-                    finish_reason=sequence.finish_reason,
-                    stats=track.stats,
-                    logprobs=track.output_logprobs(sequence),
-                    prompt_logprobs=track.prompt_logprobs(sequence),
-                )
-            )
-        ]
+        group.retire(sequence, heirs=any(other.index == sequence.index for other in self._waiting))
+        del self._tracks[sequence.name]
+        return [Finished(self._completion(sequence, track, stopped))]
+
+    def _completion(self, sequence: Sequence, track: Track, stopped: Stopped | None) -> Completion:
+        """What a sequence that has ended came to. `stopped`: by which stop string, if it was one."""
+        params, output = track.request.params, sequence.output
+        reason: str | int | None = None
+        if stopped is not None:
+            text, reason = stopped
+        else:
+            ended = output[-1] in sequence.ends
+            shown = output[:-1] if ended and not params.include_stop_str_in_output else output
+            text = whole_text(track.decode, shown)
+            own = frozenset() if params.ignore_eos else frozenset(next(iter(self.hellos.values())).end_tokens)
+            if ended and output[-1] in params.stop_token_ids and output[-1] not in own:
+                reason = output[-1]
+        assert sequence.finish_reason is not None
+        return Completion(
+            index=sequence.index,
+            num_prompt_tokens=sequence.num_prompt,
+            tokens=tuple(output),
+            text=text,
+            finish_reason=sequence.finish_reason,
+            stats=track.stats,
+            copy=sequence.copy,
+            stop_reason=reason,
+            logprobs=track.output_logprobs(sequence),
+            prompt_logprobs=track.prompt_logprobs(sequence),
+        )
 
     def _plans(self) -> list[Action]:
         """New plans for the groups that can use one, or the end of the job."""

@@ -30,7 +30,10 @@ class BadMessage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Rank -> coordinator, once its model is loaded. `num_blocks` is what its KV cache holds."""
+    """Rank -> coordinator, once its model is loaded.
+
+    `digest` covers all settings, `fingerprint` only what decides which tokens come. `num_blocks` is what its KV cache holds.
+    """
 
     rank: int
     group: int
@@ -39,11 +42,15 @@ class Hello:
     max_model_len: int
     vocab_size: int
     end_tokens: list[int]
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A sequence to take up: the fields of `runtime.sequence.Sequence`, its tokens so far included."""
+    """A sequence to take up: the fields of `runtime.sequence.Sequence`, its tokens so far included.
+
+    `num_computed` is more than 0 where its first blocks are shared with another copy, which has computed them.
+    """
 
     index: int
     slot: int
@@ -52,6 +59,8 @@ class Admission:
     limit: int
     ends: list[int]
     sampling: Sampling
+    copy: int = 0
+    num_computed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

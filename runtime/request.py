@@ -115,7 +115,10 @@ class SpeculationStats:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request: output tokens (the end token included), their text, and why it ended ("stop", "length")."""
+    """A finished request: output tokens (the end token included), their text, and why it ended ("stop", "length").
+
+    `stop_reason` is the stop string or the id among `stop_token_ids` that ended it; None for the model's own end tokens.
+    """
 
     index: int
     num_prompt_tokens: int
@@ -126,3 +129,4 @@ class Completion:
     copy: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each output token
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # of each prompt token; None for the first
+    stop_reason: str | int | None = None

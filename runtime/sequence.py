@@ -73,6 +73,9 @@ class Sequence:
     num_computed: leading tokens whose keys and values are in the cache; always less than `num_committed`, because the
         last token is an input still to be computed. A rollback is nothing but a smaller `num_computed`.
     blocks: the cache blocks of this sequence, in order of position.
+    index, copy: its name, as in `runtime.request.Request`.
+    borrows: whether it may start behind blocks that another copy of its prompt has computed; not where the whole prompt's
+        log-probabilities are wanted, which come from computing it.
     limit: committed tokens at which it ends ("length"); ends: token ids that end it ("stop").
     """
 
@@ -86,6 +89,12 @@ class Sequence:
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    copy: int = 0
+    borrows: bool = True
+
+    @property
+    def name(self) -> tuple[int, int]:
+        return self.index, self.copy
 
     @property
     def num_committed(self) -> int:

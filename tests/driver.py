@@ -56,11 +56,14 @@ def demo_config(*overrides: str) -> RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Completions by index, the coordinator as it was at the end, and how often a sequence was admitted."""
+    """Completions by index, the coordinator as it was at the end, how often a sequence was admitted, and how often
+    behind blocks of another copy. `copies` has all completions by (index, copy)."""
 
     completions: dict[int, Completion]
     machine: Coordinator
     admissions: int
+    borrowed: int
+    copies: dict[tuple[int, int], Completion]
 
 
 def start(config: RunConfig, size: int) -> list[tuple[Rank, Mailbox, Hello]]:
@@ -97,16 +100,17 @@ def run(config: RunConfig, requests: Iterable[Request], size: int = 1) -> Outcom
     machine = Coordinator(
         groups=[tuple(range(size))], limits=limits(config), decode=lambda tokens: " ".join(map(str, tokens))
     )
-    completions: dict[int, Completion] = {}
+    completions: dict[tuple[int, int], Completion] = {}
     plans: deque[Plan] = deque()
-    admissions = 0
+    admissions = borrowed = 0
 
     def carry_out(actions: Iterable[Any]) -> None:
         for action in actions:
             assert not isinstance(action, Refused), action
             if isinstance(action, Finished):
-                assert action.completion.index not in completions
-                completions[action.completion.index] = action.completion
+                name = action.completion.index, action.completion.copy
+                assert name not in completions
+                completions[name] = action.completion
             elif isinstance(action, Send) and isinstance(action.message, Plan):
                 plans.append(cast(Plan, decode(encode(action.message))))
 
@@ -117,9 +121,11 @@ def run(config: RunConfig, requests: Iterable[Request], size: int = 1) -> Outcom
     carry_out(machine.handle(NoMoreRequests()))
     while plans:
         admissions += len(plans[0].admit)
+        borrowed += sum(newcomer.num_computed > 0 for newcomer in plans[0].admit)
         carry_out_together(ranks, plans.popleft())
         for _, mailbox, _ in started:
             while mailbox.sent:
                 carry_out(machine.handle(cast(Any, decode(mailbox.sent.popleft()))))
     assert machine.stop == Stop(0, "every request is finished"), machine.stop
-    return Outcome(completions, machine, admissions)
+    firsts = {index: completion for (index, copy), completion in completions.items() if copy == 0}
+    return Outcome(firsts, machine, admissions, borrowed, completions)

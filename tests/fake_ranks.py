@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,30 +16,40 @@ from runtime.verify import Decision, Ints, decide
 from workers.rank import admit
 
 VOCAB = 11
-Target = Callable[[int, int], int]  # (request, position) -> token: what the invented model always answers
+Target = Callable[[int, int, int], int]  # (request, copy, position) -> token: what the invented model always answers
 
 
-def invented_token(seed: int, request: int, position: int) -> int:
+def invented_token(seed: int, request: int, copy: int, position: int) -> int:
     """A pure function with few values, so that random drafts often stand."""
-    return random.Random(f"{seed} {request} {position}").randrange(1, VOCAB)
+    return random.Random(f"{seed} {request} {copy} {position}").randrange(1, VOCAB)
 
 
 @dataclass(slots=True)
 class Cache:
-    """Remembers which token each cell of a rank's paged cache was computed for, to catch blocks that two sequences share."""
+    """Remembers which token each cell of a rank's paged cache was computed for, to catch blocks that the wrong ones share.
+
+    A cell of a prompt may have been computed for any copy of it, and is nobody's to write while two hold it.
+    """
 
     block_size: int
-    cells: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
+    cells: dict[tuple[int, int], tuple[int, int, int, int]] = field(default_factory=dict)
+    holders: dict[int, int] = field(default_factory=dict)
+    written: int = 0  # cells of prompts
 
     def write(self, sequence: Sequence, position: int, token: int) -> None:
-        cell = sequence.blocks[position // self.block_size], position % self.block_size
-        self.cells[cell] = (sequence.index, position, token)
+        block = sequence.blocks[position // self.block_size]
+        assert self.holders[block] == 1, "a shared block is written"
+        self.cells[block, position % self.block_size] = self.content(sequence, position, token)
+        self.written += position < sequence.num_prompt
+
+    def content(self, sequence: Sequence, position: int, token: int) -> tuple[int, int, int, int]:
+        return sequence.index, -1 if position < sequence.num_prompt else sequence.copy, position, token
 
     def check(self, sequence: Sequence, upto: int) -> None:
         """All cells before `upto` must still hold what this sequence's committed tokens put there."""
         for position in range(upto):
             cell = sequence.blocks[position // self.block_size], position % self.block_size
-            expected = (sequence.index, position, sequence.tokens[position])
+            expected = self.content(sequence, position, sequence.tokens[position])
             assert self.cells.get(cell) == expected, f"cell {cell} holds {self.cells.get(cell)}, not {expected}"
 
 
@@ -65,6 +76,7 @@ class FakeGroup:
     digest: bytes = b""
     plans: int = 0
     preempted: int = 0  # admissions of sequences that already had output
+    borrowed: int = 0  # admissions behind blocks that another copy computed
     works: list[Work] = field(default_factory=list)
     num_drafts: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
 
@@ -88,6 +100,7 @@ class FakeGroup:
             assert newcomer.slot not in self.sequences, f"slot {newcomer.slot} is taken"
             self.sequences[newcomer.slot] = admit(newcomer)
             self.preempted += len(newcomer.tokens) > newcomer.num_prompt
+            self.borrowed += newcomer.num_computed > 0
         for slot, blocks in plan.tables.items():
             self.sequences[slot].blocks = blocks
         self.check_tables()
@@ -95,7 +108,15 @@ class FakeGroup:
 
     def check_tables(self) -> None:
         held = [block for sequence in self.sequences.values() for block in sequence.blocks]
-        assert len(held) == len(set(held)), "a block has two owners"
+        self.cache.holders = Counter(held)
+        owners: dict[int, tuple[int, int]] = {}
+        for sequence in self.sequences.values():
+            own = (sequence.num_prompt - 1) // self.block_size
+            assert len(sequence.blocks) == len(set(sequence.blocks))
+            for place, block in enumerate(sequence.blocks):
+                if self.cache.holders[block] > 1:
+                    assert place < own, "what is not wholly prompt has two owners"
+                    assert owners.setdefault(block, (sequence.index, place)) == (sequence.index, place)
         assert all(0 <= block < self.num_blocks for block in held)
         assert len(self.sequences) <= self.max_num_seqs and all(0 <= s < self.max_num_seqs for s in self.sequences)
 
@@ -108,7 +129,7 @@ class FakeGroup:
             self.cache.check(sequence, work.start)
             for position in range(work.start, work.start + work.count):
                 self.cache.write(sequence, position, sequence.tokens[position])
-            right = [self.target(sequence.index, sequence.num_committed + i) for i in range(work.num_drafts + 1)]
+            right = [self.target(sequence.index, sequence.copy, sequence.num_committed + i) for i in range(work.num_drafts + 1)]
             count = self.draft_rng.randint(0, work.num_drafts)
             proposed = [token if self.draft_rng.random() < self.accuracy else 0 for token in right[:count]]
             for i, token in enumerate(proposed):

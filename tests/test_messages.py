@@ -73,10 +73,10 @@ def some_message(kind: str, rng: random.Random) -> Message:
         )  # fmt: skip
 
     def admission() -> Admission:
-        return Admission(number(), number(), numbers(), number(), number(), numbers(), sampling())
+        return Admission(number(), number(), numbers(), number(), number(), numbers(), sampling(), number(), number())
 
     makers: dict[str, Any] = {
-        "Hello": lambda: Hello(number(), number(), text, number(), number(), number(), numbers()),
+        "Hello": lambda: Hello(number(), number(), text, number(), number(), number(), numbers(), text),
         "Plan": lambda: Plan(
             number(), number(), some_decision(rng), numbers(), [admission() for _ in range(rng.choice([0, 1, 3]))],
             {number(): numbers() for _ in range(3)},
@@ -137,9 +137,9 @@ def test_strided_arrays_are_written_in_order() -> None:
 NONE = {"array": "<i4", "length": 0}
 NO_SCORES = {"array": "<f4", "length": 0}
 VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE, None]
-HELLO = [0, 0, "", 1, 1, 1, [2]]
+HELLO = [0, 0, "", 1, 1, 1, [2], ""]
 SAMPLING = {"part": "Sampling", "fields": [0.5, 0, 0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, {3: 1.5}, None, [[1, 2]], None, 0]}
-ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], SAMPLING]}
+ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], SAMPLING, 0, 0]}
 PLAN = [1, 1, None, [], [ADMISSION], {0: [1]}]
 REPORT = [0, 1, b"", True, None, None]
 

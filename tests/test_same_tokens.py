@@ -59,7 +59,7 @@ def requests(seed: int) -> tuple[Request, ...]:
         tokens = tokenizer(file.read()).input_ids
     made = []
     for index in range(NUM_REQUESTS - NUM_LONG):
-        start, length = rng.randrange(len(tokens) - 200), rng.choice([1, 2, 15, 16, 17, 60, 150])
+        start, length = rng.randrange(len(tokens) - 200), rng.choice([1, 2, 15, 16, 17, 60, 140])
         params = SamplingParams(
             temperature=rng.choice([0.0, 0.8, 1.3]),
             seed=rng.randrange(2**63),

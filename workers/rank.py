@@ -104,4 +104,6 @@ def admit(newcomer: Admission) -> Sequence:
         limit=newcomer.limit,
         ends=frozenset(newcomer.ends),
         sampling=newcomer.sampling,
+        copy=newcomer.copy,
+        num_computed=newcomer.num_computed,
     )
