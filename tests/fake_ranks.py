@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from runtime.engine import check
+from runtime.logprobs import Logprobs
 from runtime.messages import Hello, Plan, Report, Verdict
 from runtime.scheduler import Work, schedule
 from runtime.sequence import Sequence
@@ -79,6 +81,7 @@ class FakeGroup:
     borrowed: int = 0  # admissions behind blocks that another copy computed
     works: list[Work] = field(default_factory=list)
     num_drafts: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    logprobs: Logprobs | None = None
 
     def __post_init__(self) -> None:
         self.cache = Cache(self.block_size)
@@ -124,6 +127,7 @@ class FakeGroup:
         """Schedules, drafts, writes the cache. Returns slots, decides, num_drafts, drafts, and the targets of all rows."""
         self.works = schedule(self.sequences.values(), self.budget, self.width, self.block_size)
         drafts, counts, targets = [], [], []
+        told: list[tuple[int, int, int]] = []
         for work in self.works:
             sequence = work.sequence
             self.cache.check(sequence, work.start)
@@ -137,6 +141,8 @@ class FakeGroup:
             drafts += proposed
             counts.append(len(proposed))
             targets += right[: len(proposed) + 1] if work.decides else []
+            told += told_tokens(work, proposed, right)
+        self.logprobs = logprobs_of(told)
         self.num_drafts = np.array(counts, np.int32)
         slots = np.array([work.sequence.slot for work in self.works], np.int32)
         decides = np.array([work.decides for work in self.works], bool)
@@ -155,11 +161,13 @@ class FakeGroup:
         sent: list[list[Report]] = [[] for _ in self.ranks]
         for left in reversed(range(plan.rounds)):
             decision = decide(*self.draft())
+            logprobs = self.logprobs
             self.apply(decision)
             self.digest = decision.digest(self.digest)
             last = left == 0 or not self.works
             for i, rank in enumerate(self.ranks):
-                sent[i].append(Report(rank, plan.number, self.digest, last, decision if i == 0 else None))
+                answer = (decision, logprobs) if i == 0 else (None, None)
+                sent[i].append(Report(rank, plan.number, self.digest, last, *answer))
             if last:
                 break
         return list(sent)
@@ -172,5 +180,26 @@ class FakeGroup:
             mine = targets % len(self.ranks) == i
             scores = np.where(mine, 1.0, -1.0).astype(np.float32)
             ids = np.where(mine, targets, i).astype(np.int32)
-            sent.append([Verdict(rank, plan.number, slots, decides.astype(np.int32), num_drafts, drafts, scores, ids)])
+            told = self.logprobs if i == 0 else None
+            sent.append([Verdict(rank, plan.number, slots, decides.astype(np.int32), num_drafts, drafts, scores, ids, told)])
         return sent
+
+
+def told_tokens(work: Work, drafts: list[int], right: list[int]) -> list[tuple[int, int, int]]:
+    """(slot, position, token) of the rows of a work whose log-probabilities are wanted."""
+    sequence, rows = work.sequence, check(work, drafts)
+    tokens = [*sequence.tokens, *right]
+    wanted = range(rows.position, rows.position + rows.count)
+    return [
+        (sequence.slot, position, tokens[position])
+        for position in wanted
+        if position < sequence.num_committed or sequence.sampling.logprobs is not None
+    ]
+
+
+def logprobs_of(told: list[tuple[int, int, int]]) -> Logprobs | None:
+    """Log-probabilities that say which position they are of."""
+    slots, positions, tokens = (np.array(column, np.int32) for column in (zip(*told, strict=True) if told else [()] * 3))
+    none = np.zeros(0, np.int32)
+    values = -positions.astype(np.float32)
+    return Logprobs(slots, positions, tokens, np.zeros(len(told), np.int32), values, none, values[:0]) if told else None

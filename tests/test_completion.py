@@ -69,7 +69,7 @@ def test_copies_are_told_apart_and_end_in_any_order() -> None:
         running = [s for s in plan.sequences.values() if s.finish_reason is None]
         decision = Decision(
             ints(*(s.slot for s in running)), ints(*(0 for _ in running)), ints(*(1 for _ in running)),
-            ints(*(s.seed + 1 for s in running)),
+            ints(*(s.sampling.seed + 1 for s in running)),
         )  # fmt: skip
         for action in tell(machine, reports(decision, plan=plan.number, last=True)):
             if isinstance(action, Finished):

@@ -12,7 +12,7 @@ import pytest
 from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Refused, Send, Submit
 from runtime.group import Limits
 from runtime.messages import Hello, Message, Plan, Stop, decode, encode
-from runtime.request import Completion, Request, SamplingParams
+from runtime.request import Completion, Request, SamplingParams, TokenLogprob
 from tests.fake_ranks import VOCAB, FakeGroup, invented_token
 
 JOBS = 400  # per merge
@@ -63,6 +63,7 @@ class Job:
                 stop_token_ids=rng.choice([(), (3,)]),
                 ignore_eos=rng.random() < 0.5,
                 prompt_logprobs=rng.choice([None, None, 1]),
+                logprobs=rng.choice([None, 0]),
             )
             for copy in range(rng.choice([1, 1, 2, 5])):
                 self.requests[index, copy] = Request(index, prompt, params, copy)
@@ -131,6 +132,15 @@ def text_of(tokens: list[int]) -> str:
     return "".join("abcdefghijklmnop"[token] for token in tokens)
 
 
+def check_logprobs(request: Request, completion: Completion) -> None:
+    """One for each token that was asked about, and of that very position."""
+    first = len(request.prompt)
+    output = [TokenLogprob(token, -position, ()) for position, token in enumerate(completion.tokens, first)]
+    prompt = [TokenLogprob(token, -position, ()) if position else None for position, token in enumerate(request.prompt)]
+    assert completion.logprobs == (None if request.params.logprobs is None else tuple(output))
+    assert completion.prompt_logprobs == (None if request.params.prompt_logprobs is None else tuple(prompt))
+
+
 @pytest.mark.parametrize("merge", ["group", "coordinator"])
 def test_every_request_finishes_with_its_own_tokens(merge: str, seed: int) -> None:
     preempted = borrowed = 0
@@ -143,6 +153,7 @@ def test_every_request_finishes_with_its_own_tokens(merge: str, seed: int) -> No
             completion = job.completions[name]
             assert (completion.tokens, completion.text, completion.finish_reason) == job.expected(request)
             assert completion.num_prompt_tokens == len(request.prompt)
+            check_logprobs(request, completion)
         for group in job.machine._ready.values():
             assert group.pool.num_free == group.pool.size and not group.kept, "blocks leaked"
             assert sorted(group._free_slots) == list(range(group.limits.max_num_seqs))
