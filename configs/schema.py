@@ -124,6 +124,15 @@ class CoordinationConfig(Section):
         return self
 
 
+class SamplingConfig(Section):
+    """What holds for requests that leave parameters out."""
+
+    defaults: Literal["model", "openai"] = Field(
+        "model", description="where parameters that a request leaves out come from: the model's generation_config.json, "
+        "then OpenAI's values, or these alone"
+    )
+
+
 class FilesConfig(Section):
     """Where requests come from and results go; the command line's --input, --output and --summary win."""
 
@@ -140,6 +149,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
     coordination: CoordinationConfig = CoordinationConfig()
+    sampling: SamplingConfig = SamplingConfig()
     files: FilesConfig = FilesConfig()
     seed: int = Field(0, description="of requests that bring none; mixed with their custom_id")
 

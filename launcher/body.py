@@ -7,6 +7,7 @@ changes nothing is accepted. Whoever implements one deletes it from `NEUTRAL` an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,11 @@ Given = Annotated[str, Field(min_length=1)]
 Limit = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
 Tokens = "a whole number from 1 to 2147483647"
+Bias = Annotated[float, Field(ge=-100, le=100)]
+# Ten digits are more than any vocabulary needs, and few enough for every reader of numbers.
+TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Likeliest = Annotated[int, Field(ge=0, le=20)]
 
 
 class Strict(BaseModel):
@@ -70,7 +76,33 @@ class Body(Strict):
         None, description="a string or a list of up to 16 strings, none empty"
     )
     stop_token_ids: TokenIds | None = Field(None, description="a list of token ids")
+    include_stop_str_in_output: bool | None = Field(None, description="true or false")
     ignore_eos: bool | None = Field(None, description="true or false")
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+        None, description="a whole number from 0 to max_tokens"
+    )
+    skip_special_tokens: bool | None = Field(None, description="true or false")
+    n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="a whole number from 1 to 128")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="a number above 0, up to 1")
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        None, description="a whole number from 1 on, or 0 or -1 for no limit"
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="a number from 0 to 1")
+    presence_penalty: Penalty | None = Field(None, description="a number from -2 to 2")
+    frequency_penalty: Penalty | None = Field(None, description="a number from -2 to 2")
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="a number above 0, up to 10"
+    )
+    logit_bias: dict[TokenIdText, Bias] | None = Field(
+        None, description="an object of token ids, as strings, with numbers from -100 to 100"
+    )
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = Field(
+        None, description="a list of token ids, not empty"
+    )
+    bad_words: Annotated[list[Given], Field(fail_fast=True)] | None = Field(
+        None, description="a list of strings, none empty"
+    )
+    prompt_logprobs: Likeliest | None = Field(None, description="a whole number from 0 to 20")
     stream: Literal[False] | None = Field(None, description="false (a batch is not streamed)")
 
     @property
@@ -82,11 +114,36 @@ class Body(Strict):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def copies(self) -> int:
+        """Continuations asked for."""
+        return self.n or 1
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens are wanted at each position of the output; None for no log-probabilities."""
+        raise NotImplementedError
+
+    def contradictions(self) -> Iterator[str]:
+        """What parameters that are right by themselves say against each other, as far as no model is needed for it."""
+        raise NotImplementedError
+
 
 class CompletionBody(Body):
     """`/v1/completions`: text or token ids to be continued."""
 
     prompt: Given | Annotated[TokenIds, Field(min_length=1)] = Field(description="a string or a list of token ids, not empty")
+    logprobs: Likeliest | None = Field(None, description="a whole number from 0 to 20")
+    echo: bool | None = Field(None, description="true or false")
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="a whole number from 1 to 128")
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
+
+    def contradictions(self) -> Iterator[str]:
+        if self.best_of is not None and self.best_of != self.copies:
+            yield f"best_of: only the value of n, {self.copies}, is supported, got {self.best_of}"
 
 
 class ChatBody(Body):
@@ -96,10 +153,20 @@ class ChatBody(Body):
         description="a list of {role, content} objects, not empty"
     )
     max_completion_tokens: Limit | None = Field(None, description=Tokens)
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: Likeliest | None = Field(None, description="a whole number from 0 to 20")
 
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def contradictions(self) -> Iterator[str]:
+        if self.top_logprobs and not self.logprobs:
+            yield f"top_logprobs: only 0 is supported without logprobs: true, got {self.top_logprobs}"
 
 
 BODIES: dict[str, type[CompletionBody] | type[ChatBody]] = {
@@ -109,25 +176,10 @@ BODIES: dict[str, type[CompletionBody] | type[ChatBody]] = {
 
 # What is known and not supported yet, with the values (besides null) that change nothing.
 BOTH: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "top_p": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
-    "echo": (False,),
     "stream_options": (),
     "structured_outputs": (),
     "response_format": ({"type": "text"},),
@@ -136,15 +188,12 @@ BOTH: dict[str, tuple[Any, ...]] = {
 NEUTRAL: dict[type[CompletionBody] | type[ChatBody], dict[str, tuple[Any, ...]]] = {
     CompletionBody: {
         **BOTH,
-        "logprobs": (),
-        "best_of": (1,),
         "suffix": ("",),
         "add_special_tokens": (True,),
     },
     ChatBody: {
         **BOTH,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
+        "echo": (False,),
         "tools": ([],),
         "tool_choice": ("none",),
         "parallel_tool_calls": (True, False),

@@ -51,7 +51,10 @@ def parse(index: int, raw: bytes) -> Call:
             only = " or ".join(json.dumps(allowed) for allowed in neutral)
             verdict = f"only {only} is supported, got {short(value)}" if neutral else "not supported"
             raise BadRequest(named, "unsupported_parameter", f"{name}: {verdict}")
-    return Call(index, envelope.custom_id, check(kind, given, named))
+    body = check(kind, given, named)
+    if contradictions := list(body.contradictions()):
+        raise BadRequest(named, "invalid_value", "; ".join(contradictions))
+    return Call(index, envelope.custom_id, body)
 
 
 def read_object(raw: bytes) -> dict[str, Any]:

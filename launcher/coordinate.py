@@ -8,18 +8,23 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from configs import exits
 from configs.schema import RunConfig
-from launcher.batch import BadRequest, Call, InputError, Scan, parse, scan
-from launcher.encoder import Encoder, TokenizerError, load_tokenizer
+from launcher.answers import Answers
+from launcher.batch import BadRequest, InputError, Scan, parse, scan
+from launcher.defaults import Defaults, DefaultsError, read_defaults
+from launcher.encoder import Encoder, TokenizerError, copies, load_tokenizer
 from launcher.journal import Journal, JournalError
 from launcher.progress import Progress
-from launcher.results import error_row, row
+from launcher.results import Writer, error_row
 from launcher.summary import PARTS, Summary, SummaryError
-from runtime.coordinator import Action, Coordinator, Finished, Refused
+from launcher.vocabulary import Vocabulary
+from runtime.coordinator import Coordinator, Finished, Refused
 from runtime.group import Limits
 from runtime.messages import Failure, Stop
 from runtime.request import Request
@@ -27,10 +32,20 @@ from workers.shell import Shell
 from workers.transport import Server
 
 
-def fingerprint(config: RunConfig) -> str:
+def fingerprint(config: RunConfig, defaults: Defaults) -> str:
     """What the text of a result depends on beside its request; results of two fingerprints don't mix in one output."""
     model = config.model.model_dump() | {"target": Path(config.model.target).resolve().name}
-    return json.dumps(model | {"seed": config.seed, "max_model_len": config.engine.max_model_len}, sort_keys=True)
+    job = {"seed": config.seed, "max_model_len": config.engine.max_model_len, "defaults": asdict(defaults)}
+    return json.dumps(model | job, sort_keys=True)
+
+
+def system_fingerprint(target: Path, ranks: set[str], defaults: Defaults) -> str:
+    """What rows are marked with: a short hash of what ranks say of themselves, of the tokenizer, and of the defaults."""
+    state = blake2b(json.dumps([sorted(ranks), asdict(defaults)]).encode(), digest_size=6)
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+        if (target / name).is_file():
+            state.update(f"\0{name}\0".encode() + (target / name).read_bytes())
+    return f"fp_{state.hexdigest()}"
 
 
 def limits(config: RunConfig) -> Limits:
@@ -48,46 +63,67 @@ def limits(config: RunConfig) -> Limits:
 class Job:
     """Feeds requests to the machine and keeps what comes out of it."""
 
-    def __init__(self, config: RunConfig, input_: Scan, journal: Journal, machine: Coordinator, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        input_: Scan,
+        journal: Journal,
+        machine: Coordinator,
+        tokenizer: Any,
+        defaults: Defaults,
+    ) -> None:
         self.config, self.input, self.journal, self.machine = config, input_, journal, machine
-        self.tokenizer = tokenizer
+        self.tokenizer, self.defaults = tokenizer, defaults
         self.output_tokens = self.prompt_tokens = 0
         self.started: float | None = None
         self.progress = Progress(len(input_), journal.resumed)
-        self._calls: dict[int, Call] = {}
-        self._name = Path(config.model.target).name
+        self._answers = Answers()
+        self._writer: Writer | None = None
 
-    def requests(self) -> Iterator[Request]:
-        """What is still to be done, in order; a line that can't be run becomes an error row at once."""
+    def requests(self) -> Iterator[Request | dict[str, Any]]:
+        """What is still to be done, in order, every continuation a request; a line that can't be run is an error row."""
         self.started = time.monotonic()
         facts = next(iter(self.machine.hellos.values()))
-        encoder = Encoder(self.tokenizer, facts.max_model_len, facts.vocab_size, self.config.seed)
+        encoder = Encoder(self.tokenizer, facts.max_model_len, facts.vocab_size, self.config.seed, self.defaults)
         todo = (index for index in range(len(self.input)) if not self.journal.done(index))
         for index, raw in self.input.lines(todo):
             try:
                 call = parse(index, raw)
                 request = encoder.encode(call)
             except BadRequest as error:
-                self.journal.append([error_row(index, error.custom_id, error.code, error.message)])
+                yield error_row(index, error.custom_id, error.code, error.message)
                 continue
-            self._calls[index] = call
-            yield request
+            self._answers.expect(call, request)
+            yield from copies(request, call.body.copies)
 
-    def keep(self, outcomes: list[Action]) -> None:
-        """Makes outcomes last, then shows them."""
-        rows = []
+    def keep(self, outcomes: list[Any]) -> None:
+        """Makes outcomes last - completions, refusals, rows - then shows them."""
+        rows: list[dict[str, Any]] = []
         for outcome in outcomes:
             if isinstance(outcome, Finished):
-                completion = outcome.completion
-                rows.append(row(self._calls.pop(completion.index), completion, self._name, int(time.time())))
-                self.output_tokens += len(completion.tokens)
-                self.prompt_tokens += completion.num_prompt_tokens
+                self.output_tokens += len(outcome.completion.tokens)
+                answer = self._answers.take(outcome.completion)
+                if answer is not None:
+                    self.prompt_tokens += len(answer.prompt)
+                    rows.append(self.writer.row(answer.call, answer.prompt, answer.whole, int(time.time())))
             elif isinstance(outcome, Refused):
-                call = self._calls.pop(outcome.index)
-                rows.append(error_row(outcome.index, call.custom_id, "capacity_exceeded", outcome.reason))
+                call = self._answers.refuse(outcome.index)
+                if call is not None:
+                    rows.append(error_row(outcome.index, call.custom_id, "capacity_exceeded", outcome.reason))
+            else:
+                rows.append(outcome)
         self.journal.append(rows)
         done = len(self.input) - self.journal.remaining
         self.progress.update(done=done, tokens=self.output_tokens, failed=self.journal.failed, stats=self.machine.stats)
+
+    @property
+    def writer(self) -> Writer:
+        """Makes the rows, once the ranks have said what they run."""
+        if self._writer is None:
+            target = Path(self.config.model.target)
+            ranks = {hello.fingerprint for hello in self.machine.hellos.values()}
+            self._writer = Writer(target.name, system_fingerprint(target, ranks, self.defaults), Vocabulary(self.tokenizer))
+        return self._writer
 
     def summary(self) -> Summary:
         """The run so far."""
@@ -116,7 +152,7 @@ def coordinate(config: RunConfig, groups: list[tuple[int, ...]], endpoint: str) 
         signal.signal(signal.SIGTERM, lambda *_: shell.interrupt(terminated))
         try:
             job = prepare(config, machine)
-        except (InputError, JournalError, TokenizerError) as error:
+        except (InputError, JournalError, TokenizerError, DefaultsError) as error:
             print(f"quasar: {error}", file=sys.stderr, flush=True)
             break_off(shell, machine, exits.REFUSED, error)
             return exits.REFUSED
@@ -135,15 +171,17 @@ def break_off(shell: Shell, machine: Coordinator, code: int, error: Exception) -
 
 
 def prepare(config: RunConfig, machine: Coordinator) -> Job:
-    """Checks input and output before any work. Raises InputError, JournalError, TokenizerError."""
+    """Checks input and output before any work. Raises InputError, JournalError, TokenizerError, DefaultsError."""
     if config.files.input is None or config.files.output is None:
         raise InputError("no input or no output: give --input and --output, or files.input and files.output")
     tokens = scan(config.files.input)
     Path(config.files.output).parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal.open(config.files.output, tokens, fingerprint(config))
+    defaults = read_defaults(config.model.target, config.sampling.defaults)
+    journal = Journal.open(config.files.output, tokens, fingerprint(config, defaults))
     tokenizer = load_tokenizer(config.model.target)
-    machine.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Job(config, tokens, journal, machine, tokenizer)
+    vocabulary = Vocabulary(tokenizer)
+    machine.decode, machine.decode_special = vocabulary.decode, vocabulary.decode_special
+    return Job(config, tokens, journal, machine, tokenizer, defaults)
 
 
 def finish(config: RunConfig, job: Job) -> int:

@@ -1,4 +1,4 @@
-"""The blocks of a paged KV cache: which are free, which belong to whom."""
+"""The blocks of a paged KV cache: which are free, which are held, and by how many."""
 
 from __future__ import annotations
 
@@ -8,33 +8,42 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """Hands out the numbers 0 .. `size` - 1, each to one owner at a time."""
+    """Hands out the numbers 0 .. `size` - 1, and counts who holds each: a block is free once nobody does."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._free = list(range(size - 1, -1, -1))  # a stack whose top is the smallest number, at first
-        self._held = [False] * size
+        self._holders = [0] * size
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """`count` blocks. Raises OutOfBlocks, taking none."""
+        """`count` blocks that nobody else holds. Raises OutOfBlocks, taking none."""
         if count > len(self._free):
             raise OutOfBlocks(f"{count} blocks asked for, {len(self._free)} of {self.size} are free")
         blocks = [self._free.pop() for _ in range(count)]
         for block in blocks:
-            self._held[block] = True
+            self._holders[block] = 1
         return blocks
 
-    def give_back(self, blocks: list[int]) -> None:
-        """Frees blocks. Raises ValueError for one that is free already."""
+    def share(self, blocks: list[int]) -> list[int]:
+        """The same blocks, held by one more. Raises ValueError for one that is free."""
         for block in blocks:
-            if not self._held[block]:
+            if not self._holders[block]:
+                raise ValueError(f"block {block} is free and cannot be shared")
+            self._holders[block] += 1
+        return list(blocks)
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Lets go of blocks, once each. Raises ValueError for one that is free already."""
+        for block in blocks:
+            if not self._holders[block]:
                 raise ValueError(f"block {block} was given back twice")
-            self._held[block] = False
-            self._free.append(block)
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free.append(block)
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

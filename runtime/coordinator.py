@@ -7,18 +7,18 @@ ends the job. A shell feeds it events in any order in which the network brings t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from configs import exits
 from runtime.blocks import BlockPool
-from runtime.detokenizer import StopWatch
+from runtime.detokenizer import Decode, Stopped, StopWatch, whole_text
 from runtime.group import Group, Limits
+from runtime.logprobs import Logprobs
 from runtime.messages import Failure, Farewell, Hello, Message, Report, Stop, Verdict
-from runtime.request import Completion, Request, SpeculationStats
-from runtime.sequence import Sequence
+from runtime.request import Completion, Request, SpeculationStats, TokenLogprob
+from runtime.sequence import Sampling, Sequence
 from runtime.verify import Decision, NotANumber, decide, merge
 
 
@@ -77,16 +77,32 @@ class Track:
 
     request: Request
     stats: SpeculationStats
+    decode: Decode
     watch: StopWatch
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; a later one is written over an earlier
+
+    def output_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob, ...] | None:
+        """Of every output token, where the request asks for them."""
+        if self.request.params.logprobs is None:
+            return None
+        return tuple(self.logprobs[position] for position in range(sequence.num_prompt, sequence.num_committed))
+
+    def prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
+        """Of every prompt token, where the request asks for them; nothing foretells the first."""
+        if self.request.params.prompt_logprobs is None:
+            return None
+        return (None, *(self.logprobs[position] for position in range(1, sequence.num_prompt)))
 
 
 @dataclass(slots=True)
 class Coordinator:
-    """All state of a job. `decode` turns output tokens into text; `groups` lists the ranks of every group."""
+    """All state of a job. `groups` lists the ranks of every group. `decode` turns output tokens into text without special
+    tokens, `decode_special` shows these too; without one they are the same."""
 
     groups: list[tuple[int, ...]]
     limits: Limits
-    decode: Callable[[list[int]], str]
+    decode: Decode
+    decode_special: Decode | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     num_rounds: int = 0
     stop: Stop | None = None
@@ -94,7 +110,7 @@ class Coordinator:
     hellos: dict[int, Hello] = field(default_factory=dict)
     _ready: dict[int, Group] = field(default_factory=dict)
     _waiting: deque[Sequence] = field(default_factory=deque)
-    _tracks: dict[int, Track] = field(default_factory=dict)
+    _tracks: dict[tuple[int, int], Track] = field(default_factory=dict)
     _closed: bool = False
 
     @property
@@ -164,11 +180,14 @@ class Coordinator:
             num_prompt=len(request.prompt),
             limit=limit,
             ends=ends,
-            temperature=params.temperature,
-            seed=params.seed,
+            sampling=Sampling.of(params),
+            copy=request.copy,
+            borrows=params.prompt_logprobs is None,
         )
         self._waiting.append(sequence)
-        self._tracks[request.index] = Track(request, SpeculationStats(), StopWatch(self.decode, params.stop))
+        decode = self.decode if params.skip_special_tokens else self.decode_special or self.decode
+        watch = StopWatch(decode, params.stop, params.include_stop_str_in_output, params.min_tokens)
+        self._tracks[sequence.name] = Track(request, SpeculationStats(), decode, watch)
         return []
 
     def _hello(self, hello: Hello) -> list[Action]:
@@ -197,7 +216,7 @@ class Coordinator:
         heads = [group.reports[rank].popleft() for rank in group.ranks]  # one report makes one round whole at most
         if len({(h.plan, h.digest, h.last) for h in heads}) > 1 or heads[0].decision is None:
             return self._end(exits.DISAGREED, f"the ranks of group {group.number} decided differently: {digests(heads)}")
-        return self._commit(group, heads[0].plan, heads[0].decision, heads[0].last)
+        return self._commit(group, heads[0].plan, heads[0].decision, heads[0].logprobs, heads[0].last)
 
     def _verdict(self, verdict: Verdict) -> list[Action]:
         group = self._group_of(verdict.rank)
@@ -214,9 +233,11 @@ class Coordinator:
             return self._end(exits.DEVICE, str(error))
         decision = decide(first.slots, first.decides.astype(bool), first.num_drafts, first.drafts, targets)
         group.decision = decision
-        return self._commit(group, first.plan, decision, last=True)
+        return self._commit(group, first.plan, decision, first.logprobs, last=True)
 
-    def _commit(self, group: Group, number: int, decision: Decision, last: bool) -> list[Action]:
+    def _commit(
+        self, group: Group, number: int, decision: Decision, logprobs: Logprobs | None, last: bool
+    ) -> list[Action]:
         """Applies a round's decision to the sequences that its plan was made for."""
         plan = group.under_way[0] if group.under_way else None
         if plan is None or plan.number != number:
@@ -225,6 +246,10 @@ class Coordinator:
         if last:
             group.under_way.popleft()
         self.num_rounds += len(decision.slots) > 0
+        for slot, by_position in {} if logprobs is None else logprobs.by_slot().items():
+            track = self._tracks.get(plan.sequences[slot].name)
+            if track is not None:
+                track.logprobs |= by_position
         actions: list[Action] = []
         offset = 0
         rows = zip(decision.slots.tolist(), decision.num_drafts.tolist(), decision.num_tokens.tolist(), strict=True)
@@ -237,36 +262,49 @@ class Coordinator:
         return actions
 
     def _advance(self, group: Group, sequence: Sequence, num_drafts: int, tokens: list[int]) -> list[Action]:
-        track = self._tracks[sequence.index]
+        track = self._tracks[sequence.name]
         for stats in (track.stats, self.stats):
             stats.count(num_drafts, len(tokens) - 1)
-        text: str | None = None
+        stopped: Stopped | None = None
         for token in tokens:
             sequence.commit([token])
-            text = None if token in sequence.ends else track.watch.push(token)
-            if text is not None:
+            stopped = None if token in sequence.ends else track.watch.push(token)
+            if stopped is not None:
                 sequence.finish("stop")
             if sequence.finish_reason is not None:
                 break
         if sequence.finish_reason is None:
             return []
-        group.retire(sequence)
-        del self._tracks[sequence.index]
-        output = sequence.output
-        if text is None:
-            text = self.decode(output[:-1] if output[-1] in sequence.ends else output)
-        return [
-            Finished(
-                Completion(
-                    index=sequence.index,
-                    num_prompt_tokens=sequence.num_prompt,
-                    tokens=tuple(output),
-                    text=text,
-                    finish_reason=sequence.finish_reason,
-                    stats=track.stats,
-                )
-            )
-        ]
+        group.retire(sequence, heirs=any(other.index == sequence.index for other in self._waiting))
+        del self._tracks[sequence.name]
+        return [Finished(self._completion(sequence, track, stopped))]
+
+    def _completion(self, sequence: Sequence, track: Track, stopped: Stopped | None) -> Completion:
+        """What a sequence that has ended came to. `stopped`: by which stop string, if it was one."""
+        params, output = track.request.params, sequence.output
+        reason: str | int | None = None
+        if stopped is not None:
+            text, reason = stopped
+        else:
+            ended = output[-1] in sequence.ends
+            shown = output[:-1] if ended and not params.include_stop_str_in_output else output
+            text = whole_text(track.decode, shown)
+            own = frozenset() if params.ignore_eos else frozenset(next(iter(self.hellos.values())).end_tokens)
+            if ended and output[-1] in params.stop_token_ids and output[-1] not in own:
+                reason = output[-1]
+        assert sequence.finish_reason is not None
+        return Completion(
+            index=sequence.index,
+            num_prompt_tokens=sequence.num_prompt,
+            tokens=tuple(output),
+            text=text,
+            finish_reason=sequence.finish_reason,
+            stats=track.stats,
+            copy=sequence.copy,
+            stop_reason=reason,
+            logprobs=track.output_logprobs(sequence),
+            prompt_logprobs=track.prompt_logprobs(sequence),
+        )
 
     def _plans(self) -> list[Action]:
         """New plans for the groups that can use one, or the end of the job."""

@@ -9,15 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.batch import Batch, Piece
+from runtime.check import Check
 from runtime.clock import Clock
 from runtime.comm import Communicator
 from runtime.drafting.drafter import Drafter
 from runtime.kv_cache import KVCache
 from runtime.model import Model
-from runtime.sampling import local_best
+from runtime.sampling import Choice, choose
 from runtime.scheduler import Work, schedule
 from runtime.sequence import Sequence
-from runtime.verify import Decision, Floats, Ints, decide, merge
+from runtime.verify import Decision, Ints, decide, merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +84,30 @@ class Engine:
             np.concatenate(drafts, dtype=np.int32) if drafts else np.zeros(0, np.int32),
         )
 
-    def verify(self, round_: Round) -> tuple[Floats, Ints]:
-        """Runs the target over the round's rows. Returns this rank's best scores float32 [R] and token ids int32 [R]."""
+    def verify(self, round_: Round) -> Choice:
+        """Runs the target over the round's rows, and chooses within this rank's slice of the vocabulary."""
         if not round_.works:
-            return np.zeros(0, np.float32), np.zeros(0, np.int32)
+            return Choice(np.zeros(0, np.float32), np.zeros(0, np.int32))
+        drafts = np.split(round_.drafts, np.cumsum(round_.num_drafts)[:-1])
+        checks = [check(work, draft.tolist()) for work, draft in zip(round_.works, drafts, strict=True)]
+        pieces = [
+            Piece(
+                work.sequence.tokens[work.start : work.start + work.count] + one.drafts,
+                work.start,
+                work.sequence.blocks,
+                one.count,
+            )
+            for work, one in zip(round_.works, checks, strict=True)
+        ]
         with self.clock.part("forward"):
-            logits = self._model.forward(self._batch(round_), self._cache)
+            batch = Batch.build(pieces, self._cache.block_size, self._cache.device)
+            logits = self._model.forward(batch, self._cache)
         with self.clock.part("decide"):
-            return self._local_best(round_, logits)
+            return choose(logits, checks, self._comm, self._model.vocab_first)
 
-    def agree(self, round_: Round, scores: Floats, ids: Ints) -> Decision:
+    def agree(self, round_: Round, choice: Choice) -> Decision:
         """Exchanges the pairs within the group and decides, the same on every rank."""
-        pairs = torch.from_numpy(np.stack([scores.view(np.int32), ids]))
+        pairs = torch.from_numpy(np.stack([choice.scores.view(np.int32), choice.ids]))
         with self.clock.part("exchange"):
             gathered = self._comm.all_gather(pairs).numpy()
         with self.clock.part("decide"):
@@ -111,31 +124,13 @@ class Engine:
                 work.sequence.commit(decision.tokens[offset : offset + num_tokens].tolist())
                 offset += num_tokens
 
-    def _batch(self, round_: Round) -> Batch:
-        pieces = []
-        drafts = round_.drafts.tolist()
-        offset = 0
-        for work, num_drafts in zip(round_.works, round_.num_drafts.tolist(), strict=True):
-            tokens = work.sequence.tokens[work.start : work.start + work.count] + drafts[offset : offset + num_drafts]
-            pieces.append(Piece(tokens, work.start, work.sequence.blocks, num_drafts + 1 if work.decides else 0))
-            offset += num_drafts
-        return Batch.build(pieces, self._cache.block_size, self._cache.device)
 
-    def _local_best(self, round_: Round, logits: torch.Tensor) -> tuple[Floats, Ints]:
-        deciding = [(w, n) for w, n in zip(round_.works, round_.num_drafts.tolist(), strict=True) if w.decides]
-        rows = np.array([n + 1 for _, n in deciding], np.int64)
-        committed = np.array([w.sequence.num_committed for w, _ in deciding], np.int64)
-        # The first row of a sequence decides position num_committed, its drafts the positions after that.
-        firsts = np.cumsum(rows) - rows
-        positions = np.repeat(committed - firsts, rows) + np.arange(int(rows.sum()))
-        temperatures = np.repeat(np.array([w.sequence.temperature for w, _ in deciding], np.float32), rows)
-        seeds = np.repeat(np.array([w.sequence.seed for w, _ in deciding], np.int64), rows)
-        device = logits.device
-        scores, ids = local_best(
-            logits,
-            torch.from_numpy(temperatures).to(device),
-            torch.from_numpy(seeds).to(device),
-            torch.from_numpy(positions).to(device),
-            self._model.vocab_first,
-        )
-        return scores.cpu().numpy(), ids.to(torch.int32).cpu().numpy()
+def check(work: Work, drafts: list[int]) -> Check:
+    """The rows of logits that a work needs: those that decide, and the prompt's where a request wants to know.
+
+    A sequence that has output was through with its prompt before it was put back; it isn't asked again.
+    """
+    sequence = work.sequence
+    if sequence.sampling.prompt_logprobs is not None and sequence.num_committed == sequence.num_prompt:
+        return Check(sequence, work.start + 1, work.count + len(drafts), drafts)
+    return Check(sequence, sequence.num_committed, len(drafts) + 1 if work.decides else 0, drafts)

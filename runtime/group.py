@@ -53,6 +53,7 @@ class Group:
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     decision: Decision | None = None  # merged here, not yet told to the ranks
     leaving: list[tuple[int, Sequence]] = field(default_factory=list)  # preempted by the plan of this number
+    kept: dict[int, list[int]] = field(default_factory=dict)  # index -> a prompt's blocks, for copies yet to come
     plans: int = 0
     _free_slots: list[int] = field(default_factory=list)
     _release: list[int] = field(default_factory=list)
@@ -73,11 +74,16 @@ class Group:
         """Whether a sequence that may grow to `limit` tokens fits into the whole cache."""
         return blocks_for(max(1, limit - 1), self.limits.block_size) <= self.pool.size
 
-    def retire(self, sequence: Sequence) -> None:
-        """Takes a finished or preempted sequence off its slot; the ranks hear of it with the next plan."""
+    def retire(self, sequence: Sequence, heirs: bool = False) -> None:
+        """Takes a finished or preempted sequence off its slot; the ranks hear of it with the next plan.
+
+        `heirs`: copies of its prompt are waiting, for whose sake the prompt's blocks are kept.
+        """
         if self.running.get(sequence.slot) is not sequence:
             return  # preempted before it finished
         del self.running[sequence.slot]
+        if heirs and sequence.index not in self.kept and self._has_prompt(sequence):
+            self.kept[sequence.index] = self.pool.share(sequence.blocks[: self._shareable(sequence)])
         self.pool.give_back(sequence.blocks)
         sequence.blocks = []
         self._release.append(sequence.slot)
@@ -95,6 +101,7 @@ class Group:
 
         Takes sequences off the front of `waiting` while fewer than `share` run here and they fit.
         """
+        self._forget({sequence.index for sequence in waiting})
         if self.rounds_under_way > self.limits.ahead:
             return None
         before = {slot: list(s.blocks) for slot, s in self.running.items()}
@@ -127,6 +134,7 @@ class Group:
         """Blocks for a whole plan if they can be had; for one round in any case, at the cost of the youngest."""
         if self._grow(sequence, self._reach(sequence, self.limits.rounds)):
             return
+        self._forget(set())
         self._reclaim()
         while not self._grow(sequence, self._reach(sequence, 1)):
             youngest = next(reversed(self.running.values()))
@@ -161,20 +169,56 @@ class Group:
 
     def _admit(self, waiting: deque[Sequence], share: int) -> list[Sequence]:
         admitted: list[Sequence] = []
+        passed_over: list[Sequence] = []
         while waiting and self._free_slots and len(self.running) < share:
-            sequence = waiting[0]
-            need = blocks_for(self._reach(sequence, self.limits.rounds), self.limits.block_size)
+            sequence = waiting.popleft()
+            shared = self._shared(sequence)
+            if shared is None:
+                passed_over.append(sequence)
+                continue
+            need = blocks_for(self._reach(sequence, self.limits.rounds), self.limits.block_size) - len(shared)
             # Room for the others to grow through one more plan, or they would push the newcomer out again at once.
             margin = len(self.running) * blocks_for(self.limits.rounds * (self.limits.width + 1), self.limits.block_size)
+            if need + margin > self.pool.num_free:
+                self._forget({sequence.index} if shared else set())
             if need + margin > self.pool.num_free and self.running:
+                waiting.appendleft(sequence)
                 break
-            waiting.popleft()
             sequence.slot = self._free_slots.pop()
-            sequence.num_computed = 0
-            sequence.blocks = self.pool.take(need)
+            sequence.num_computed = len(shared) * self.limits.block_size
+            sequence.blocks = self.pool.share(shared) + self.pool.take(need)
             self.running[sequence.slot] = sequence
             admitted.append(sequence)
+        waiting.extendleft(reversed(passed_over))
         return admitted
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """How many of its blocks all copies of a prompt can hold together.
+
+        Those are whole blocks before the prompt's last token: that token is an input of every copy, and everything after
+        it is a copy's own. So a shared block is never written again, whatever is drafted or rolled back.
+        """
+        return (sequence.num_prompt - 1) // self.limits.block_size
+
+    def _has_prompt(self, sequence: Sequence) -> bool:
+        """Whether its shareable blocks are computed."""
+        return sequence.num_computed >= self._shareable(sequence) * self.limits.block_size
+
+    def _shared(self, sequence: Sequence) -> list[int] | None:
+        """The prompt's blocks, if a copy has left or computed them; none without any; None while they are being computed."""
+        count = self._shareable(sequence)
+        kin = [s for s in self.running.values() if s.index == sequence.index]
+        if not count or not sequence.borrows:
+            return []
+        if sequence.index in self.kept or not kin:
+            return self.kept.get(sequence.index, [])
+        donor = next(filter(self._has_prompt, kin), None)
+        return None if donor is None else donor.blocks[:count]
+
+    def _forget(self, heirs: set[int]) -> None:
+        """Gives back what is kept for others than these requests."""
+        for index in [index for index in self.kept if index not in heirs]:
+            self.pool.give_back(self.kept.pop(index))
 
 
 def admission(sequence: Sequence) -> Admission:
@@ -186,6 +230,7 @@ def admission(sequence: Sequence) -> Admission:
         num_prompt=sequence.num_prompt,
         limit=sequence.limit,
         ends=sorted(sequence.ends),
-        temperature=sequence.temperature,
-        seed=sequence.seed,
+        sampling=sequence.sampling,
+        copy=sequence.copy,
+        num_computed=sequence.num_computed,
     )

@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence as Frames
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.logprobs import Logprobs
+from runtime.sequence import Sampling
 from runtime.verify import Decision, Floats, Ints
 
 VERSION = 1
@@ -27,7 +30,10 @@ class BadMessage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Rank -> coordinator, once its model is loaded. `num_blocks` is what its KV cache holds."""
+    """Rank -> coordinator, once its model is loaded.
+
+    `digest` covers all settings, `fingerprint` only what decides which tokens come. `num_blocks` is what its KV cache holds.
+    """
 
     rank: int
     group: int
@@ -36,11 +42,15 @@ class Hello:
     max_model_len: int
     vocab_size: int
     end_tokens: list[int]
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A sequence to take up: the fields of `runtime.sequence.Sequence`, its tokens so far included."""
+    """A sequence to take up: the fields of `runtime.sequence.Sequence`, its tokens so far included.
+
+    `num_computed` is more than 0 where its first blocks are shared with another copy, which has computed them.
+    """
 
     index: int
     slot: int
@@ -48,8 +58,9 @@ class Admission:
     num_prompt: int
     limit: int
     ends: list[int]
-    temperature: float
-    seed: int
+    sampling: Sampling
+    copy: int = 0
+    num_computed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,8 @@ class Verdict:
     """Rank -> coordinator under merge: coordinator: the best of its slice of the vocabulary for every row of a round.
 
     slots, decides, num_drafts: int32 [S]; drafts: int32 [sum of num_drafts]; scores float32 and ids int32 [R], where a
-    sequence that decides has `num_drafts + 1` rows.
+    sequence that decides has `num_drafts + 1` rows. `logprobs` comes from the group's first rank alone, of all rows that
+    ask: those of drafts that will not stand are written over when their position is decided.
     """
 
     rank: int
@@ -84,14 +96,15 @@ class Verdict:
     drafts: Ints
     scores: Floats
     ids: Ints
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
     """Rank -> coordinator under merge: group: what the group decided in a round, or only that it did the same.
 
-    `digest` covers all rounds up to this one. `decision` comes from the group's first rank alone. `last` ends the plan,
-    which may come before its rounds are used up when no sequence has work left.
+    `digest` covers all rounds up to this one. `decision` and `logprobs` (as in a verdict) come from the group's first rank
+    alone. `last` ends the plan, which may come before its rounds are used up when no sequence has work left.
     """
 
     rank: int
@@ -99,6 +112,7 @@ class Report:
     digest: bytes
     last: bool
     decision: Decision | None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +151,8 @@ class Farewell:
 
 Message = Hello | Plan | Verdict | Report | Alive | Failure | Stop | Farewell
 KINDS: dict[str, type] = {c.__name__: c for c in (Hello, Plan, Verdict, Report, Alive, Failure, Stop, Farewell)}
-PARTS: dict[str, type] = {c.__name__: c for c in (Admission, Decision)}
+PARTS: dict[str, type] = {c.__name__: c for c in (Admission, Sampling, Decision, Logprobs)}
+OPTIONAL: dict[Any, type] = {Decision | None: Decision, Logprobs | None: Logprobs}
 HINTS = {c: get_type_hints(c) for c in (*KINDS.values(), *PARTS.values())}
 
 
@@ -194,8 +209,10 @@ def _check(name: str, hint: Any, value: Any, arrays: Any) -> Any:
     """The value as its annotation wants it. Raises BadMessage."""
     if hint in (Ints, Floats):
         return _array(name, np.int32 if hint == Ints else np.float32, value, arrays)
-    if hint == Decision | None:
-        return None if value is None else _part(name, Decision, value, arrays)
+    if hint in OPTIONAL:
+        return None if value is None else _part(name, OPTIONAL[hint], value, arrays)
+    if hint is Sampling:
+        return _part(name, Sampling, value, arrays)
     if hint == list[Admission] and isinstance(value, list):
         return [_part(name, Admission, item, arrays) for item in value]
     if hint is float and type(value) is int:
@@ -227,4 +244,6 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, list) and all(_fits(args[0], item) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(_fits(args[0], k) and _fits(args[1], v) for k, v in value.items())
+    if origin is UnionType:
+        return any(_fits(arg, value) for arg in args)
     return type(value) is hint

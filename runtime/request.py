@@ -10,7 +10,10 @@ class SamplingParams:
     """How one request's tokens are chosen and when it ends; names and meanings are vLLM's.
 
     `temperature` 0 is greedy. `seed` feeds the keyed noise. `max_tokens` counts output tokens. `stop` strings end the
-    text before themselves; `stop_token_ids` and, unless `ignore_eos`, the model's own end tokens end it after themselves.
+    text before themselves (after, with `include_stop_str_in_output`); `stop_token_ids` and, unless `ignore_eos`, the
+    model's own end tokens end it after themselves, neither before `min_tokens`. `top_k` 0 is off. Biases are (token id,
+    bias) pairs; bad words are token sequences that must not be completed. `logprobs` n asks for each output token's
+    log-probability and the n likeliest tokens', `prompt_logprobs` the same of the prompt; None asks for nothing.
     """
 
     temperature: float = 1.0
@@ -19,15 +22,41 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be continued. `index` is its line in the input and its name everywhere in the runtime."""
+    """One prompt to be continued. (`index`, `copy`) is its name everywhere in the runtime: `index` is its line in the
+    input, and `copy` counts the continuations of one prompt, each with a seed of its own in `params`."""
 
     index: int
     prompt: tuple[int, ...]
     params: SamplingParams
+    copy: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model itself (before temperature, penalties and filters), and the likeliest
+    tokens at its position, (token id, log-probability), the likeliest first and the smaller id first on ties."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True)
@@ -86,7 +115,10 @@ class SpeculationStats:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request: output tokens (the end token included), their text, and why it ended ("stop", "length")."""
+    """A finished request: output tokens (the end token included), their text, and why it ended ("stop", "length").
+
+    `stop_reason` is the stop string or the id among `stop_token_ids` that ended it; None for the model's own end tokens.
+    """
 
     index: int
     num_prompt_tokens: int
@@ -94,3 +126,7 @@ class Completion:
     text: str
     finish_reason: str
     stats: SpeculationStats
+    copy: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of each output token
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # of each prompt token; None for the first
+    stop_reason: str | int | None = None

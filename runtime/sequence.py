@@ -9,6 +9,61 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from runtime.request import SamplingParams
+
+GREEDY_BELOW = 1e-5  # temperatures under this are 0, as in vLLM: logits over them would overflow
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a sequence's tokens are chosen: the fields of `SamplingParams` that ranks need, named and meant alike."""
+
+    temperature: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[list[int]] = field(default_factory=list)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Sampling:
+        return cls(
+            temperature=float(params.temperature),
+            seed=params.seed,
+            min_tokens=params.min_tokens,
+            top_p=float(params.top_p),
+            top_k=params.top_k,
+            min_p=float(params.min_p),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            repetition_penalty=float(params.repetition_penalty),
+            logit_bias={token: float(bias) for token, bias in params.logit_bias},
+            allowed_token_ids=None if params.allowed_token_ids is None else list(params.allowed_token_ids),
+            bad_words=[list(word) for word in params.bad_words],
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+        )
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed or forbidden before the temperature."""
+        return bool(
+            self.min_tokens or self.logit_bias or self.bad_words or self.presence_penalty or self.frequency_penalty
+        ) or (self.allowed_token_ids is not None or self.repetition_penalty != 1)
+
+    @property
+    def filters(self) -> bool:
+        """Whether only some of the likeliest tokens are left to choose from; the best one always is."""
+        return self.temperature >= GREEDY_BELOW and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
 
 @dataclass(slots=True)
 class Sequence:
@@ -18,6 +73,9 @@ class Sequence:
     num_computed: leading tokens whose keys and values are in the cache; always less than `num_committed`, because the
         last token is an input still to be computed. A rollback is nothing but a smaller `num_computed`.
     blocks: the cache blocks of this sequence, in order of position.
+    index, copy: its name, as in `runtime.request.Request`.
+    borrows: whether it may start behind blocks that another copy of its prompt has computed; not where the whole prompt's
+        log-probabilities are wanted, which come from computing it.
     limit: committed tokens at which it ends ("length"); ends: token ids that end it ("stop").
     """
 
@@ -27,11 +85,16 @@ class Sequence:
     num_prompt: int
     limit: int
     ends: frozenset[int]
-    temperature: float
-    seed: int
+    sampling: Sampling
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    copy: int = 0
+    borrows: bool = True
+
+    @property
+    def name(self) -> tuple[int, int]:
+        return self.index, self.copy
 
     @property
     def num_committed(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -16,9 +17,10 @@ from configs.schema import ModelConfig, RunConfig
 from launcher.coordinate import limits
 from runtime.comm import Communicator, Solo
 from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Refused, Send, Submit
-from runtime.messages import Message, Plan, Stop, decode, encode
+from runtime.messages import Hello, Message, Plan, Stop, decode, encode
 from runtime.model import Model, load_model
 from runtime.request import Completion, Request
+from tests.tiny_models import ThreadRank, Threads
 from workers.build import Place, build
 from workers.rank import Rank
 from workers.transport import Client
@@ -54,41 +56,76 @@ def demo_config(*overrides: str) -> RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Completions by index, the coordinator as it was at the end, and how often a sequence was admitted."""
+    """Completions by index, the coordinator as it was at the end, how often a sequence was admitted, and how often
+    behind blocks of another copy. `copies` has all completions by (index, copy)."""
 
     completions: dict[int, Completion]
     machine: Coordinator
     admissions: int
+    borrowed: int
+    copies: dict[tuple[int, int], Completion]
 
 
-def run(config: RunConfig, requests: Iterable[Request]) -> Outcome:
-    """Runs a job. One rank makes up the one group."""
-    with mock.patch("workers.build.load_model", load_once):
-        engine, hello = build(config, Place(0, 0, [(0,)], 0, 1, True, "test"))
-    mailbox = Mailbox()
-    rank = Rank(0, True, config.coordination.merge, engine, cast(Client, mailbox))
-    machine = Coordinator(groups=[(0,)], limits=limits(config), decode=lambda tokens: " ".join(map(str, tokens)))
-    completions: dict[int, Completion] = {}
+def start(config: RunConfig, size: int) -> list[tuple[Rank, Mailbox, Hello]]:
+    """The ranks of the one group; several are threads when they meet."""
+    group = tuple(range(size))
+    threads = Threads(size)
+
+    def one(number: int) -> tuple[Rank, Mailbox, Hello]:
+        comm = Solo() if size == 1 else ThreadRank(threads, number)
+        with mock.patch("workers.build.connect", return_value=comm):
+            engine, hello = build(config, Place(number, 0, [group], number, size, True, "test"))
+        mailbox = Mailbox()
+        return Rank(number, number == 0, config.coordination.merge, engine, cast(Client, mailbox)), mailbox, hello
+
+    if size == 1:
+        with mock.patch("workers.build.load_model", load_once):
+            return [one(0)]
+    return [one(number) for number in group]
+
+
+def carry_out_together(ranks: list[Rank], plan: Plan) -> None:
+    """Every rank carries out the plan, each in a thread of its own; the first error is raised."""
+    if len(ranks) == 1:
+        ranks[0]._carry_out(plan)
+        return
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        list(pool.map(lambda rank: rank._carry_out(plan), ranks))
+
+
+def run(config: RunConfig, requests: Iterable[Request], size: int = 1) -> Outcome:
+    """Runs a job. `size` ranks make up the one group."""
+    started = start(config, size)
+    ranks = [rank for rank, _, _ in started]
+    machine = Coordinator(
+        groups=[tuple(range(size))], limits=limits(config), decode=lambda tokens: " ".join(map(str, tokens))
+    )
+    completions: dict[tuple[int, int], Completion] = {}
     plans: deque[Plan] = deque()
-    admissions = 0
+    admissions = borrowed = 0
 
     def carry_out(actions: Iterable[Any]) -> None:
         for action in actions:
             assert not isinstance(action, Refused), action
             if isinstance(action, Finished):
-                assert action.completion.index not in completions
-                completions[action.completion.index] = action.completion
+                name = action.completion.index, action.completion.copy
+                assert name not in completions
+                completions[name] = action.completion
             elif isinstance(action, Send) and isinstance(action.message, Plan):
                 plans.append(cast(Plan, decode(encode(action.message))))
 
-    carry_out(machine.handle(hello))
+    for _, _, hello in started:
+        carry_out(machine.handle(hello))
     for request in requests:
         carry_out(machine.handle(Submit(request)))
     carry_out(machine.handle(NoMoreRequests()))
     while plans:
         admissions += len(plans[0].admit)
-        rank._carry_out(plans.popleft())
-        while mailbox.sent:
-            carry_out(machine.handle(cast(Any, decode(mailbox.sent.popleft()))))
+        borrowed += sum(newcomer.num_computed > 0 for newcomer in plans[0].admit)
+        carry_out_together(ranks, plans.popleft())
+        for _, mailbox, _ in started:
+            while mailbox.sent:
+                carry_out(machine.handle(cast(Any, decode(mailbox.sent.popleft()))))
     assert machine.stop == Stop(0, "every request is finished"), machine.stop
-    return Outcome(completions, machine, admissions)
+    firsts = {index: completion for (index, copy), completion in completions.items() if copy == 0}
+    return Outcome(firsts, machine, admissions, borrowed, completions)

@@ -121,10 +121,16 @@ def test_a_missing_input_is_named(tmp_path: Path) -> None:
 def test_a_whole_body_is_taken() -> None:
     body = {
         "model": "any", "user": "me", "metadata": {"k": [1]}, "prompt": [1, 2], "max_tokens": 5, "temperature": 0,
-        "seed": -(2**63), "stop": ["a", "b"], "stop_token_ids": [7], "ignore_eos": True, "stream": False,
+        "seed": -(2**63), "stop": ["a", "b"], "stop_token_ids": [7], "ignore_eos": True, "stream": False, "n": 3,
+        "best_of": 3, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "presence_penalty": -2, "frequency_penalty": 2,
+        "repetition_penalty": 1.1, "min_tokens": 2, "logit_bias": {"0": -100, "17": 0.5}, "allowed_token_ids": [1, 2],
+        "bad_words": ["no"], "logprobs": 0, "prompt_logprobs": 20, "echo": True, "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
     }  # fmt: skip
     taken = call(body).body
     assert isinstance(taken, CompletionBody) and taken.model_dump() == body
+    assert set(body) == set(CompletionBody.model_fields), "a parameter that this test doesn't know"
+    assert taken.copies == 3 and taken.likeliest == 0
     assert taken.stops == ("a", "b") and taken.limit == 5 and not call(body).chat
     chat = call({"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 3}, CHAT)
     assert chat.chat and chat.body.limit == 3
@@ -188,10 +194,35 @@ def test_a_bad_envelope(raw: bytes, custom_id: str | None, code: str, message: s
         ({"prompt": ["x", "y"]}, "invalid_type", "prompt: expected"),
         ({"prompt": [[1], [2]]}, "invalid_type", "prompt: expected"),
         ({"prompt": None}, "invalid_type", "prompt: expected"),
-        ({"top_p": 0.9}, "unsupported_parameter", "top_p: only 1 is supported, got 0.9"),
-        ({"top_k": 5}, "unsupported_parameter", "top_k: only 0 or -1 is supported, got 5"),
-        ({"n": True}, "unsupported_parameter", "n: only 1 is supported, got true"),
-        ({"logprobs": 0}, "unsupported_parameter", "logprobs: not supported"),
+        ({"n": 0}, "invalid_value", "n: expected a whole number from 1 to 128, got 0"),
+        ({"n": 129}, "invalid_value", "n: expected a whole number from 1 to 128, got 129"),
+        ({"n": True}, "invalid_type", "n: expected a whole number from 1 to 128, got true"),
+        ({"n": 2, "best_of": 3}, "invalid_value", "best_of: only the value of n, 2, is supported, got 3"),
+        ({"best_of": 2}, "invalid_value", "best_of: only the value of n, 1, is supported, got 2"),
+        ({"top_p": 0}, "invalid_value", "top_p: expected a number above 0, up to 1, got 0"),
+        ({"top_p": 1.01}, "invalid_value", "top_p: expected a number above 0, up to 1, got 1.01"),
+        ({"top_k": -2}, "invalid_value", "top_k: expected a whole number from 1 on, or 0 or -1 for no limit, got -2"),
+        ({"top_k": 1.5}, "invalid_type", "top_k: expected a whole number"),
+        ({"min_p": -0.1}, "invalid_value", "min_p: expected a number from 0 to 1, got -0.1"),
+        ({"presence_penalty": 2.5}, "invalid_value", "presence_penalty: expected a number from -2 to 2, got 2.5"),
+        ({"frequency_penalty": -2.5}, "invalid_value", "frequency_penalty: expected a number from -2 to 2, got -2.5"),
+        ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty: expected a number above 0, up to 10, got 0"),
+        ({"min_tokens": -1}, "invalid_value", "min_tokens: expected a whole number from 0 to max_tokens, got -1"),
+        ({"logit_bias": {"1": 101}}, "invalid_value", "logit_bias: expected an object of token ids, as strings, with "
+         "numbers from -100 to 100, got 101"),
+        ({"logit_bias": {"x": 1}}, "invalid_value", 'logit_bias: expected an object of token ids, as strings, with numbers '
+         'from -100 to 100, got "x"'),
+        ({"logit_bias": {"01": 1}}, "invalid_value", "logit_bias: expected"),
+        ({"logit_bias": {"9" * 5000: 1}}, "invalid_value", "logit_bias: expected"),
+        ({"logit_bias": [1]}, "invalid_type", "logit_bias: expected"),
+        ({"allowed_token_ids": []}, "invalid_value", "allowed_token_ids: expected a list of token ids, not empty, got []"),
+        ({"bad_words": ["a", ""]}, "invalid_value", "bad_words[1]: expected an element of a list of strings, none empty"),
+        ({"logprobs": 21}, "invalid_value", "logprobs: expected a whole number from 0 to 20, got 21"),
+        ({"logprobs": True}, "invalid_type", "logprobs: expected a whole number from 0 to 20, got true"),
+        ({"prompt_logprobs": -1}, "invalid_value", "prompt_logprobs: expected a whole number from 0 to 20, got -1"),
+        ({"skip_special_tokens": 0}, "invalid_type", "skip_special_tokens: expected true or false, got 0"),
+        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format: only"),
+        ({"structured_outputs": {}}, "unsupported_parameter", "structured_outputs: not supported"),
         ({"seed": 0.5, "max_tokens": 0}, "invalid_value", "max_tokens: expected a whole number from 1 to 2147483647, "
          "got 0; seed: expected"),
     ],
@@ -199,6 +230,30 @@ def test_a_bad_envelope(raw: bytes, custom_id: str | None, code: str, message: s
 def test_a_bad_parameter(given: dict[str, Any], code: str, message: str) -> None:
     bad = refusal(line({"prompt": "x", **given}))
     assert (bad.custom_id, bad.code) == ("a", code) and bad.message.startswith(message), bad.message
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "message"),
+    [
+        ({"logprobs": 1}, "invalid_type", "logprobs: expected true or false, got 1"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs: expected a whole number from 0 to 20"),
+        ({"top_logprobs": 2}, "invalid_value", "top_logprobs: only 0 is supported without logprobs: true, got 2"),
+        ({"logprobs": False, "top_logprobs": 2}, "invalid_value", "top_logprobs: only 0"),
+        ({"echo": True}, "unsupported_parameter", "echo: only false is supported"),
+        ({"best_of": 1}, "unknown_parameter", "best_of: unknown parameter"),
+    ],
+)
+def test_a_bad_parameter_of_a_chat(given: dict[str, Any], code: str, message: str) -> None:
+    bad = refusal(line({"messages": HELLO, **given}, CHAT))
+    assert (bad.custom_id, bad.code) == ("a", code) and bad.message.startswith(message), bad.message
+
+
+@pytest.mark.parametrize(
+    ("given", "likeliest"),
+    [({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 20}, 20)],
+)
+def test_how_many_logprobs_a_chat_asks_for(given: dict[str, Any], likeliest: int | None) -> None:
+    assert call({"messages": HELLO, **given}, CHAT).body.likeliest == likeliest
 
 
 @pytest.mark.parametrize(
@@ -230,6 +285,15 @@ def test_what_is_not_supported_is_taken_where_it_changes_nothing(kind: type, nam
     bad = refusal(line({**body, name: "something else"}, url))
     assert bad.code == "unsupported_parameter" and bad.message.startswith(f"{name}: ")
     assert name not in kind.model_fields  # type: ignore[attr-defined]
+
+
+def test_the_readme_has_every_parameter_with_its_range() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    envelope = {"model", "user", "metadata", "stream", "prompt", "messages"}
+    for kind in (CompletionBody, ChatBody):
+        for name in kind.model_fields.keys() - envelope:
+            ranges = [row[1] for row in rows if f"`{name}`" in row[0]]
+            assert kind.model_fields[name].description in ranges, name
 
 
 NAMES = sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *(n for k in NEUTRAL.values() for n in k)})
@@ -264,7 +328,8 @@ def test_no_damaged_line_raises_anything_else(data: st.DataObject) -> None:
 
 
 def test_the_file_layer_imports_neither_torch_nor_transformers() -> None:
-    modules = ("atomic", "batch", "body", "call", "encoder", "journal", "progress", "results", "summary")
+    modules = ("answers", "atomic", "batch", "body", "call", "defaults", "encoder", "journal", "logprobs", "progress")
+    modules += ("results", "summary", "vocabulary")
     script = f"import sys, {', '.join('launcher.' + name for name in modules)}\n"
     script += "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)

@@ -47,3 +47,17 @@ def test_no_blocks() -> None:
     assert pool.take(0) == []
     with pytest.raises(OutOfBlocks):
         pool.take(1)
+
+
+def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
+    pool = BlockPool(3)
+    blocks = pool.take(2)
+    assert pool.share(blocks) == blocks and pool.share(blocks[:1]) == blocks[:1]
+    pool.give_back(blocks)
+    assert pool.num_free == 1
+    pool.give_back(blocks)
+    assert pool.num_free == 2 and blocks[0] not in pool.take(2)
+    pool.give_back(blocks[:1])
+    assert pool.num_free == 1
+    with pytest.raises(ValueError, match="free"):
+        pool.share(blocks[:1])

@@ -13,6 +13,7 @@ from configs import exits
 from runtime.coordinator import Action, Finished, NoMoreRequests, Refused, Send, Silent, Submit
 from runtime.messages import Admission, Failure, Farewell, Plan, Stop, Verdict
 from runtime.request import Request
+from runtime.sequence import Sampling
 from runtime.verify import Decision
 from tests.events import (
     END,
@@ -40,7 +41,7 @@ def test_first_plan() -> None:
             (0, 1),
             Plan(
                 number=1, rounds=2, decision=None, release=[],
-                admit=[Admission(0, 0, [1, 2, 3], num_prompt=3, limit=13, ends=[7, END], temperature=0.5, seed=9)],
+                admit=[Admission(0, 0, [1, 2, 3], num_prompt=3, limit=13, ends=[7, END], sampling=Sampling(0.5, 9))],
                 tables={0: [0, 1, 2]},  # 3 tokens, and 2 rounds of up to 4: 11
             ),
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from runtime.detokenizer import StopWatch
+from runtime.detokenizer import BROKEN, StopWatch, TextStream, offsets, whole_text
 
 CORPUS = [
     "the cat sat on the mat. ",
@@ -48,8 +48,8 @@ def brute_force(decode: Callable[[list[int]], str], tokens: list[int], stops: tu
 def watch(decode: Callable[[list[int]], str], tokens: list[int], stops: tuple[str, ...]) -> tuple[int, str] | None:
     watcher = StopWatch(decode, stops)
     for count, token in enumerate(tokens, 1):
-        if (text := watcher.push(token)) is not None:
-            return count, text
+        if (stopped := watcher.push(token)) is not None:
+            return count, stopped.text
     return None
 
 
@@ -82,6 +82,55 @@ def test_stops_where_decoding_every_prefix_would(kind: str, tokenizer: Tokenizer
         assert watch(decode, tokens, stops) == expected, (tokens, stops)
         stopped += expected is not None
     assert stopped > 30
+
+
+def brute_force_with_all(
+    decode: Callable[[list[int]], str], tokens: list[int], stops: tuple[str, ...], include: bool, min_tokens: int
+) -> tuple[int, str, str] | None:
+    """(tokens needed, text left, the stop) of the shortest prefix of more than `min_tokens` with a stop that ends there."""
+    floor = len(decode(tokens[:min_tokens]).rstrip(BROKEN))
+    for count in range(min_tokens + 1, len(tokens) + 1):
+        text = decode(tokens[:count]).rstrip(BROKEN)
+        places = [(at, stop) for stop in stops for at in range(len(text)) if text.startswith(stop, at)]
+        if found := [(at, stop) for at, stop in places if at + len(stop) > floor]:
+            at, stop = min(found, key=lambda pair: (pair[0], stops.index(pair[1])))
+            return count, text[: at + len(stop) * include], stop
+    return None
+
+
+def test_what_is_included_and_what_is_exempt(tokenizer: Tokenizer, decode: Callable, seed: int) -> None:
+    """`include_stop_str_in_output` and `min_tokens`, against looking through every prefix."""
+    rng = random.Random(seed)
+    stopped = 0
+    for _ in range(150):
+        text = "".join(rng.choice(CORPUS) for _ in range(3))[rng.randrange(20) :]
+        tokens = tokenizer.encode(text).ids
+        stops = tuple(a_stop(rng, decode(tokens)) for _ in range(rng.choice([1, 3, 16])))
+        include, min_tokens = rng.random() < 0.5, rng.choice([0, 1, 2, 5, 10])
+        watcher = StopWatch(decode, stops, include, min_tokens)
+        came = [(count, stop) for count, token in enumerate(tokens, 1) if (stop := watcher.push(token)) is not None]
+        expected = brute_force_with_all(decode, tokens, stops, include, min_tokens)
+        assert (came[0][0], *came[0][1]) == expected if came else expected is None, (tokens, stops, include, min_tokens)
+        stopped += expected is not None
+    assert stopped > 30
+
+
+def test_offsets_are_those_of_every_prefix(tokenizer: Tokenizer, decode: Callable, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(30):
+        tokens = tokenizer.encode("".join(rng.choice(CORPUS) for _ in range(3))[rng.randrange(20) :]).ids
+        lengths = [len(decode(tokens[:count]).rstrip(BROKEN)) for count in range(len(tokens))]
+        assert offsets(decode, tokens) == lengths
+        stream = TextStream(decode)
+        assert [stream.push(token) for token in tokens][-1] == whole_text(decode, tokens)
+
+
+@pytest.mark.parametrize("cut", range(1, 5))
+def test_a_character_that_was_only_begun_is_left_out(cut: int, tokenizer: Tokenizer, decode: Callable) -> None:
+    tokens = ids(tokenizer, "naïve 🙂".encode()[: -4 + cut] if cut < 4 else "naïve 🙂".encode())
+    assert whole_text(decode, tokens) == ("naïve " if cut < 4 else "naïve 🙂")
+    inside = [*ids(tokenizer, b"a\xf0\x9f"), *ids(tokenizer, b"b")]
+    assert whole_text(decode, inside).endswith("b"), "what is broken for good is shown as such"
 
 
 def byte_characters() -> dict[int, str]:

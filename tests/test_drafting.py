@@ -9,11 +9,11 @@ import pytest
 from runtime.drafting.drafter import NgramDrafter, NoDrafter, SuffixDrafter
 from runtime.drafting.match import CANDIDATES, MatchIndex
 from runtime.scheduler import Work
-from runtime.sequence import Sequence
+from runtime.sequence import Sampling, Sequence
 
 
 def sequence(tokens: list[int], slot: int = 0) -> Sequence:
-    return Sequence(slot, slot, tokens, 1, 10_000, frozenset(), 0.0, 0)
+    return Sequence(slot, slot, tokens, 1, 10_000, frozenset(), Sampling())
 
 
 def work(tokens: list[int] | Sequence, num_drafts: int = 3, slot: int = 0) -> Work:

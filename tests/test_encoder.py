@@ -9,7 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from launcher.batch import BadRequest, Call, Encoder, parse
-from launcher.encoder import TokenizerError, seed_of
+from launcher.defaults import Defaults, DefaultsError, read_defaults
+from launcher.encoder import TokenizerError, copies, copy_seed, seed_of
+from runtime.request import Request, SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -69,6 +71,106 @@ def test_parameters_arrive(encoder: Encoder) -> None:
     assert encoder.encode(call({"prompt": "hello"})).params.temperature == 1.0
 
 
+def test_what_is_not_given_changes_nothing(encoder: Encoder) -> None:
+    params = encoder.encode(call({"prompt": "hello", "seed": 5})).params
+    assert params == SamplingParams(seed=5)
+
+
+def test_every_parameter_arrives(encoder: Encoder) -> None:
+    given = {
+        "max_tokens": 9, "min_tokens": 3, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "presence_penalty": 1,
+        "frequency_penalty": -1, "repetition_penalty": 1.5, "logit_bias": {"9": 1, "3": -100}, "prompt_logprobs": 2,
+        "allowed_token_ids": [7, 3, 7], "include_stop_str_in_output": True, "skip_special_tokens": False, "seed": 1,
+    }  # fmt: skip
+    expected = SamplingParams(
+        max_tokens=9, min_tokens=3, top_p=0.5, top_k=7, min_p=0.1, presence_penalty=1, frequency_penalty=-1,
+        repetition_penalty=1.5, logit_bias=((3, -100.0), (9, 1.0)), prompt_logprobs=2, allowed_token_ids=(3, 7),
+        include_stop_str_in_output=True, skip_special_tokens=False, seed=1,
+    )  # fmt: skip
+    assert encoder.encode(call({"prompt": "hello", **given})).params == expected
+    assert encoder.encode(call({"prompt": "hello", "top_k": -1, "seed": 1})).params == SamplingParams(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("body", "url", "logprobs", "prompt_logprobs"),
+    [
+        ({"prompt": "x", "logprobs": 3}, COMPLETIONS, 3, None),
+        ({"prompt": "x", "logprobs": 3, "echo": True}, COMPLETIONS, 3, 3),
+        ({"prompt": "x", "logprobs": 3, "echo": True, "prompt_logprobs": 5}, COMPLETIONS, 3, 5),
+        ({"prompt": "x", "echo": True}, COMPLETIONS, None, None),
+        ({"messages": HELLO, "logprobs": True, "top_logprobs": 2}, CHAT, 2, None),
+    ],
+)
+def test_which_logprobs_are_asked_for(
+    encoder: Encoder, body: Any, url: str, logprobs: int | None, prompt_logprobs: int | None
+) -> None:
+    params = encoder.encode(call(body, url)).params
+    assert (params.logprobs, params.prompt_logprobs) == (logprobs, prompt_logprobs)
+
+
+def test_bad_words_with_and_without_a_space(encoder: Encoder) -> None:
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(encoder.tokenizer(text, add_special_tokens=False).input_ids)
+
+    assert len(tokens("brown")) == 2 and len(tokens(" brown")) == 1, "as trained"
+    assert len(tokens("hello")) == len(tokens(" hello")) == 1 and tokens("hello") != tokens(" hello"), "as trained"
+    assert len(tokens(" zq")) == len(tokens("zq")) + 1
+    params = encoder.encode(call({"prompt": "x", "bad_words": ["hello", " hello", "brown", "zq"]})).params
+    assert params.bad_words == (tokens("hello"), tokens(" hello"), tokens("brown"), tokens("zq"))
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (None, Defaults()),
+        ({"eos_token_id": 1}, Defaults()),
+        ({"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True}, Defaults(0.6, 0.95, 20)),
+        ({"min_p": 0.05, "repetition_penalty": 1.05, "max_new_tokens": 99, "temperature": None},
+         Defaults(min_p=0.05, repetition_penalty=1.05, max_tokens=99)),
+        ({"top_k": -1}, Defaults()),
+    ],
+)  # fmt: skip
+def test_a_models_own_defaults(file: Any, expected: Defaults, tmp_path: Path) -> None:
+    if file is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    assert read_defaults(tmp_path, "model") == expected
+    assert read_defaults(tmp_path, "openai") == Defaults()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "cannot be read"), ("[]", "no JSON object"), ('{"top_p": 2}', "top_p: expected a number above 0, up to 1, got 2"),
+     ('{"max_new_tokens": 0}', "max_tokens: expected")],
+)  # fmt: skip
+def test_defaults_that_no_request_could_have(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(DefaultsError, match=r"generation_config\.json.*" + said + r".*sampling\.defaults"):
+        read_defaults(tmp_path, "model")
+
+
+def test_a_request_wins_over_the_defaults(encoder: Encoder) -> None:
+    own = Defaults(temperature=0.6, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2, max_tokens=20)
+    picky = Encoder(encoder.tokenizer, 64, 400, 1, own)
+    expected = SamplingParams(
+        temperature=0.6, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2, max_tokens=20, seed=3
+    )
+    assert picky.encode(call({"prompt": "x", "seed": 3})).params == expected
+    assert picky.encode(call({"messages": HELLO, "seed": 3}, CHAT)).params == expected
+    openais = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "max_tokens": 16}
+    assert picky.encode(call({"prompt": "x", "seed": 3, **openais})).params == SamplingParams(seed=3)
+
+
+def test_copies_have_seeds_of_their_own(seed: int) -> None:
+    request = Request(4, (1, 2), SamplingParams(seed=seed, prompt_logprobs=1, logprobs=2))
+    made = list(copies(request, 128))
+    assert made[0] == request and [other.copy for other in made] == list(range(128))
+    assert len({other.params.seed for other in made}) == 128
+    assert all(-(2**63) <= other.params.seed < 2**63 for other in made)
+    assert all(other.params.prompt_logprobs is None and other.params.logprobs == 2 for other in made[1:])
+    assert list(copies(request, 3)) == made[:3]
+    assert copy_seed(7, 1) == 1084312938917451059  # another formula would finish a half-done job differently
+
+
 @pytest.mark.parametrize(("length", "asked", "granted"), [(60, 100, 4), (63, 100, 1), (60, 3, 3), (60, None, 4)])
 def test_output_is_cut_to_what_fits(encoder: Encoder, length: int, asked: int | None, granted: int) -> None:
     body = {"prompt": [5] * length, "max_tokens": asked}
@@ -87,6 +189,14 @@ def test_output_is_cut_to_what_fits(encoder: Encoder, length: int, asked: int | 
             "prompt: token id 400 is not in the vocabulary, which ends ",
         ),
         ({"prompt": "x", "stop_token_ids": [400]}, COMPLETIONS, "invalid_value", "stop_token_ids: token id 400"),
+        ({"prompt": "x", "logit_bias": {"400": 1}}, COMPLETIONS, "invalid_value", "logit_bias: token id 400 is not in the"),
+        ({"prompt": "x", "allowed_token_ids": [400]}, COMPLETIONS, "invalid_value", "allowed_token_ids: token id 400 is"),
+        ({"prompt": "x", "min_tokens": 17}, COMPLETIONS, "invalid_value", "min_tokens: expected a whole number from 0 to "
+         "max_tokens, which is 16, got 17"),
+        ({"prompt": "x", "min_tokens": 3, "max_tokens": 2}, COMPLETIONS, "invalid_value", "min_tokens: expected"),
+        ({"prompt": "x", "bad_words": ["a", "  "]}, COMPLETIONS, "invalid_value", 'bad_words: "  " makes no tokens'),
+        ({"prompt": "x", "bad_words": ["<end>", "<s>"], "allowed_token_ids": [0, 1]}, COMPLETIONS, "invalid_value",
+         "allowed_token_ids: bad_words leave none of them"),
         (
             {"messages": [{"role": "rogue", "content": ""}]},
             CHAT,

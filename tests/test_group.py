@@ -11,12 +11,33 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from runtime.blocks import BlockPool, blocks_for
 from runtime.group import Group, Limits
-from runtime.messages import Plan
-from runtime.sequence import Sequence
+from runtime.messages import Admission, Plan
+from runtime.sequence import Sampling, Sequence
+
+Name = tuple[int, int]
 
 
-def sequence(index: int, num_prompt: int, wanted: int) -> Sequence:
-    return Sequence(index, -1, list(range(num_prompt)), num_prompt, num_prompt + wanted, frozenset(), 0.0, 0)
+def sequence(index: int, num_prompt: int, wanted: int, copy: int = 0) -> Sequence:
+    return Sequence(index, -1, list(range(num_prompt)), num_prompt, num_prompt + wanted, frozenset(), Sampling(), copy=copy)
+
+
+def check_owners(sequences: list[Sequence], kept: dict[int, list[int]], block_size: int) -> set[int]:
+    """All blocks that are held. A block has two owners only as one and the same whole block of one prompt."""
+    owners: dict[int, set[tuple[int, int]]] = {}
+    alone: list[int] = []
+    for s in sequences:
+        assert len(set(s.blocks)) == len(s.blocks)
+        for place, block in enumerate(s.blocks):
+            owners.setdefault(block, set()).add((s.index, place))
+            if (place + 1) * block_size >= s.num_prompt:
+                alone.append(block)
+    for index, blocks in kept.items():
+        for place, block in enumerate(blocks):
+            owners.setdefault(block, set()).add((index, place))
+    assert all(len(places) == 1 for places in owners.values()), "two sequences hold one block for different things"
+    held = [block for s in sequences for block in s.blocks] + [block for blocks in kept.values() for block in blocks]
+    assert all(held.count(block) == 1 for block in alone), "two sequences would write one block"
+    return set(owners)
 
 
 class GroupMachine(RuleBasedStateMachine):
@@ -32,16 +53,21 @@ class GroupMachine(RuleBasedStateMachine):
         self.waiting: deque[Sequence] = deque()
         self.all: list[Sequence] = []
         self.seen: list[list[int]] = []
-        self.there: dict[int, tuple[int, list[int]]] = {}  # slot -> index, blocks
+        self.there: dict[int, tuple[Name, list[int]]] = {}  # slot -> name, blocks
+        self.requests = 0
+        self.computed: dict[tuple[int, ...], int] = {}  # the first blocks of a prompt -> its request, once computed
         self.number = 0
 
-    @rule(num_prompt=st.integers(1, 20), wanted=st.integers(1, 12))
-    def arrive(self, num_prompt: int, wanted: int) -> None:
-        newcomer = sequence(len(self.all), num_prompt, wanted)
-        if self.group.can_ever_hold(newcomer.limit):
-            self.waiting.append(newcomer)
-            self.all.append(newcomer)
-            self.seen.append(list(newcomer.tokens))
+    @rule(num_prompt=st.integers(1, 20), wanted=st.integers(1, 12), copies=st.sampled_from([1, 1, 2, 4]))
+    def arrive(self, num_prompt: int, wanted: int, copies: int) -> None:
+        self.requests += 1
+        for copy in range(copies):
+            newcomer = sequence(self.requests, num_prompt, wanted, copy)
+            newcomer.borrows = copy != 1
+            if self.group.can_ever_hold(newcomer.limit):
+                self.waiting.append(newcomer)
+                self.all.append(newcomer)
+                self.seen.append(list(newcomer.tokens))
 
     @rule(share=st.integers(1, 5))
     def plan(self, share: int) -> None:
@@ -55,7 +81,12 @@ class GroupMachine(RuleBasedStateMachine):
             return
         self.carry_out(plan)
         assert plan.rounds == limits.rounds
-        assert [a.index for a in plan.admit] == [s.index for s in waited[: len(plan.admit)]], "not in order"
+        admitted = {(a.index, a.copy) for a in plan.admit}
+        assert [(a.index, a.copy) for a in plan.admit] == [s.name for s in waited if s.name in admitted], "not in order"
+        assert [s.name for s in self.waiting] == [s.name for s in waited if s.name not in admitted], "not in order"
+        last = max((at for at, s in enumerate(waited) if s.name in admitted), default=0)
+        passed_over = {s.index for s in waited[:last] if s.name not in admitted}
+        assert passed_over <= {s.index for s in group.running.values()}, "nobody computes what they wait for"
         assert len(group.running) <= limits.max_num_seqs
         assert not plan.admit or len(group.running) <= share
         for s in group.running.values():
@@ -71,15 +102,26 @@ class GroupMachine(RuleBasedStateMachine):
             del self.there[slot]
         for newcomer in plan.admit:
             assert newcomer.slot not in self.there, "the slot is taken"
-            assert newcomer.tokens == self.all[newcomer.index].tokens
+            name = newcomer.index, newcomer.copy
+            [known] = [s for s in self.all if s.name == name]
+            assert newcomer.tokens == known.tokens
+            self.check_admission(newcomer, known)
             assert newcomer.slot in plan.tables
-            self.there[newcomer.slot] = (newcomer.index, [])
+            self.there[newcomer.slot] = (name, [])
         for slot, blocks in plan.tables.items():
             self.there[slot] = (self.there[slot][0], blocks)
-        held = [block for _, blocks in self.there.values() for block in blocks]
-        assert len(held) == len(set(held)), "two sequences would write one block"
-        known = {slot: (s.index, s.blocks) for slot, s in self.group.running.items()}
-        assert self.there == known, "the ranks and the coordinator know different things"
+        running = {slot: (s.name, s.blocks) for slot, s in self.group.running.items()}
+        assert self.there == running, "the ranks and the coordinator know different things"
+        check_owners(list(self.group.running.values()), self.group.kept, self.group.limits.block_size)
+
+    def check_admission(self, newcomer: Admission, known: Sequence) -> None:
+        """What it finds computed is whole blocks of its prompt that have been computed for a copy of it."""
+        whole = (known.num_prompt - 1) // self.group.limits.block_size
+        assert newcomer.num_computed in (0, whole * self.group.limits.block_size)
+        if newcomer.num_computed:
+            assert known.borrows
+            assert tuple(known.blocks[:whole]) in self.computed, "nobody has computed these blocks"
+            assert self.computed[tuple(known.blocks[:whole])] == known.index
 
     @precondition(lambda self: self.group.under_way)
     @rule(data=st.data())
@@ -87,11 +129,11 @@ class GroupMachine(RuleBasedStateMachine):
         """A round of the oldest plan: every sequence gets some tokens or none, some end, the plan may end early."""
         plan = self.group.under_way[0]
         most = self.group.limits.width + 1
-        tokens = {s.index: data.draw(st.integers(0, most), label=f"tokens of {s.index}") for s in plan.sequences.values()}
+        tokens = {s.name: data.draw(st.integers(0, most), label=f"tokens of {s.name}") for s in plan.sequences.values()}
         ended = data.draw(st.sets(st.sampled_from(sorted(tokens)), max_size=1)) if tokens else set()
         self.finish_round(tokens, ended, last=data.draw(st.integers(0, 9), label="last if 0") == 0)
 
-    def finish_round(self, tokens: dict[int, int], ended: set[int], last: bool) -> None:
+    def finish_round(self, tokens: dict[Name, int], ended: set[Name], last: bool) -> None:
         group = self.group
         plan = group.under_way[0]
         plan.rounds_left -= 1
@@ -99,11 +141,14 @@ class GroupMachine(RuleBasedStateMachine):
             group.under_way.popleft()
         for s in plan.sequences.values():
             if s.finish_reason is None:
-                s.commit([7] * tokens.get(s.index, 0))
-                if s.index in ended:
+                if tokens.get(s.name):
+                    s.commit([7] * tokens[s.name])
+                    whole = (s.num_prompt - 1) // group.limits.block_size
+                    self.computed[tuple(s.blocks[:whole])] = s.index
+                if s.name in ended:
                     s.finish("stop")
                 if s.finish_reason is not None:
-                    group.retire(s)
+                    group.retire(s, heirs=any(other.index == s.index for other in self.waiting))
 
     @rule()
     def take_back(self) -> None:
@@ -114,12 +159,12 @@ class GroupMachine(RuleBasedStateMachine):
         self.waiting.extendleft(back)
 
     @invariant()
-    def every_block_has_one_owner(self) -> None:
+    def every_block_has_its_owners(self) -> None:
         if not hasattr(self, "group"):
             return
-        held = [block for s in self.group.running.values() for block in s.blocks]
-        assert len(held) == len(set(held))
-        assert sorted(held + self.group.pool._free) == list(range(self.group.pool.size)), "a block leaked"
+        group = self.group
+        held = check_owners(list(group.running.values()), group.kept, group.limits.block_size)
+        assert sorted([*held, *group.pool._free]) == list(range(group.pool.size)), "a block leaked"
         assert not any(s.blocks for s in self.all if s not in self.group.running.values())
 
     @invariant()
@@ -135,7 +180,7 @@ class GroupMachine(RuleBasedStateMachine):
             return
         places = [*self.waiting, *self.group.running.values(), *(s for _, s in self.group.leaving if s.finish_reason is None)]
         places += [s for s in self.all if s.finish_reason is not None]
-        assert sorted(s.index for s in places) == list(range(len(self.all)))
+        assert sorted(s.name for s in places) == sorted(s.name for s in self.all)
 
     @invariant()
     def committed_tokens_never_change(self) -> None:
@@ -152,13 +197,14 @@ class GroupMachine(RuleBasedStateMachine):
         for _ in range(2 * sum(s.limit for s in self.all) + 100):
             self.take_back()
             self.plan(max(1, len(self.waiting) + len(group.running)))
-            self.every_block_has_one_owner()
+            self.every_block_has_its_owners()
             if group.under_way:
                 # At the worst, only the oldest goes on, by one token a round, and nothing it didn't need.
                 oldest = next(iter(group.under_way[0].sequences.values()))
-                self.finish_round({oldest.index: 1}, set(), last=True)
+                self.finish_round({oldest.name: 1}, set(), last=True)
         assert all(s.finish_reason is not None for s in self.all), "somebody never gets on"
         self.take_back()
+        assert self.group.plan(self.waiting, 1) is None and not group.kept
         assert group.idle and group.pool.num_free == group.pool.size
 
 

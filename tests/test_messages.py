@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.logprobs import Logprobs
 from runtime.messages import (
     KINDS,
     VERSION,
@@ -30,6 +31,7 @@ from runtime.messages import (
     decode,
     encode,
 )
+from runtime.sequence import Sampling
 
 
 def some_ints(rng: random.Random, count: int) -> np.ndarray:
@@ -42,6 +44,17 @@ def some_decision(rng: random.Random) -> Decision | None:
     return Decision(*(some_ints(rng, rng.choice([0, 1, 5])) for _ in range(4)))
 
 
+def some_floats(rng: random.Random) -> np.ndarray:
+    return np.array([rng.random(), -np.inf][: rng.choice([0, 2])], np.float32)
+
+
+def some_logprobs(rng: random.Random) -> Logprobs | None:
+    if rng.random() < 0.3:
+        return None
+    ints = [some_ints(rng, rng.choice([0, 1, 5])) for _ in range(5)]
+    return Logprobs(*ints[:4], some_floats(rng), ints[4], some_floats(rng))
+
+
 def some_message(kind: str, rng: random.Random) -> Message:
     def number() -> int:
         return rng.choice([0, 1, 127, 2**31, 2**63 - 1, rng.randrange(10**6)])
@@ -52,20 +65,29 @@ def some_message(kind: str, rng: random.Random) -> Message:
     text = rng.choice(["", "a", "naïve ≠ 🙂", "x" * 300])
     seed = rng.choice([-(2**63), -1, 0, 2**63 - 1])
 
+    def sampling() -> Sampling:
+        return Sampling(
+            rng.random(), seed, number(), rng.random(), number(), rng.random(), rng.random(), -rng.random(), 1.5,
+            {number(): rng.random() for _ in range(3)}, rng.choice([None, numbers()]), [numbers(), numbers()],
+            rng.choice([None, 0, 20]), rng.choice([None, 0, 20]),
+        )  # fmt: skip
+
     def admission() -> Admission:
-        return Admission(number(), number(), numbers(), number(), number(), numbers(), rng.random(), seed)
+        return Admission(number(), number(), numbers(), number(), number(), numbers(), sampling(), number(), number())
 
     makers: dict[str, Any] = {
-        "Hello": lambda: Hello(number(), number(), text, number(), number(), number(), numbers()),
+        "Hello": lambda: Hello(number(), number(), text, number(), number(), number(), numbers(), text),
         "Plan": lambda: Plan(
             number(), number(), some_decision(rng), numbers(), [admission() for _ in range(rng.choice([0, 1, 3]))],
             {number(): numbers() for _ in range(3)},
         ),
         "Verdict": lambda: Verdict(
             number(), number(), *(some_ints(rng, rng.choice([0, 1, 5])) for _ in range(4)),
-            np.array([rng.random(), -np.inf][: rng.choice([0, 2])], np.float32), some_ints(rng, 2),
+            some_floats(rng), some_ints(rng, 2), some_logprobs(rng),
         ),
-        "Report": lambda: Report(number(), number(), rng.randbytes(8), rng.random() < 0.5, some_decision(rng)),
+        "Report": lambda: Report(
+            number(), number(), rng.randbytes(8), rng.random() < 0.5, some_decision(rng), some_logprobs(rng)
+        ),
         "Alive": lambda: Alive(rng.choice([-1, number()])),
         "Failure": lambda: Failure(number(), number(), text),
         "Stop": lambda: Stop(number(), text),
@@ -114,11 +136,12 @@ def test_strided_arrays_are_written_in_order() -> None:
 
 NONE = {"array": "<i4", "length": 0}
 NO_SCORES = {"array": "<f4", "length": 0}
-VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE]
-HELLO = [0, 0, "", 1, 1, 1, [2]]
-ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], 0.5, 0]}
+VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE, None]
+HELLO = [0, 0, "", 1, 1, 1, [2], ""]
+SAMPLING = {"part": "Sampling", "fields": [0.5, 0, 0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, {3: 1.5}, None, [[1, 2]], None, 0]}
+ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], SAMPLING, 0, 0]}
 PLAN = [1, 1, None, [], [ADMISSION], {0: [1]}]
-REPORT = [0, 1, b"", True, None]
+REPORT = [0, 1, b"", True, None, None]
 
 
 def frames_of(kind: Any, values: Any, arrays: int = 0, version: Any = VERSION) -> list[bytes]:
@@ -127,6 +150,14 @@ def frames_of(kind: Any, values: Any, arrays: int = 0, version: Any = VERSION) -
 
 def changed(values: list[Any], at: int, value: Any) -> list[Any]:
     return [*values[:at], value, *values[at + 1 :]]
+
+
+def sampling_with(at: int, value: Any) -> dict[str, Any]:
+    return {**SAMPLING, "fields": changed(SAMPLING["fields"], at, value)}
+
+
+def admission_with(sampling: Any) -> dict[str, Any]:
+    return {**ADMISSION, "fields": changed(ADMISSION["fields"], 6, sampling)}
 
 
 def verdict_with(**array: Any) -> list[bytes]:
@@ -173,6 +204,15 @@ DAMAGED: dict[str, list[bytes]] = {
     "admission without fields": frames_of("Plan", changed(PLAN, 4, [{"part": "Admission"}])),
     "admission with a field missing": frames_of("Plan", changed(PLAN, 4, [{**ADMISSION, "fields": [0]}])),
     "part's name is a list": frames_of("Plan", changed(PLAN, 4, [{**ADMISSION, "part": ["Admission"]}])),
+    "admission without sampling": frames_of("Plan", changed(PLAN, 4, [admission_with(None)])),
+    "sampling of another part": frames_of("Plan", changed(PLAN, 4, [admission_with({**SAMPLING, "part": "Decision"})])),
+    "text for a bias": frames_of("Plan", changed(PLAN, 4, [admission_with(sampling_with(9, {3: "1"}))])),
+    "text for a bias's token": frames_of("Plan", changed(PLAN, 4, [admission_with(sampling_with(9, {"3": 1.0}))])),
+    "number for the allowed": frames_of("Plan", changed(PLAN, 4, [admission_with(sampling_with(10, 3))])),
+    "number for a bad word": frames_of("Plan", changed(PLAN, 4, [admission_with(sampling_with(11, [3]))])),
+    "fraction for a count of logprobs": frames_of("Plan", changed(PLAN, 4, [admission_with(sampling_with(12, 1.0))])),
+    "logprobs are a decision": frames_of("Report", changed(REPORT, 5, {"part": "Decision", "fields": [NONE] * 4}), 4),
+    "logprobs without their arrays": frames_of("Report", changed(REPORT, 5, {"part": "Logprobs", "fields": [NONE] * 7}), 6),
     "decision is a number": frames_of("Report", changed(REPORT, 4, 3)),
     "decision without its arrays": frames_of("Report", changed(REPORT, 4, {"part": "Decision", "fields": [NONE] * 4}), 3),
     "seconds that are text": frames_of("Farewell", [0, 1, {"draft": "long"}, 0]),
@@ -250,7 +290,7 @@ def test_flipped_bytes(kind: str, seed: int) -> None:
 leaves = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
 keys = st.sampled_from(["array", "length", "part", "fields"]) | st.integers(0, 3)
 trees = st.recursive(
-    leaves | st.sampled_from(["<i4", "<f4", "Admission", "Decision"]),
+    leaves | st.sampled_from(["<i4", "<f4", "Admission", "Decision", "Sampling", "Logprobs"]),
     lambda children: st.lists(children, max_size=5) | st.dictionaries(keys, children, max_size=4),
     max_leaves=15,
 )

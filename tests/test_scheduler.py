@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from runtime.blocks import blocks_for
 from runtime.scheduler import Work, schedule
-from runtime.sequence import Sequence
+from runtime.sequence import Sampling, Sequence
 
 
 def sequence(slot: int, committed: int, computed: int, limit: int, blocks: int) -> Sequence:
     return Sequence(
         index=slot, slot=slot, tokens=list(range(committed)), num_prompt=1, limit=limit, ends=frozenset(),
-        temperature=0.0, seed=0, num_computed=computed, blocks=list(range(blocks)),
+        sampling=Sampling(), num_computed=computed, blocks=list(range(blocks)),
     )  # fmt: skip
 
 

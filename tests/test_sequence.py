@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.sequence import Sequence
+from runtime.sequence import Sampling, Sequence
 
 
 def sequence(limit: int = 100, ends: tuple[int, ...] = ()) -> Sequence:
-    return Sequence(0, 0, [1, 2, 3], 3, limit, frozenset(ends), 0.0, 0)
+    return Sequence(0, 0, [1, 2, 3], 3, limit, frozenset(ends), Sampling())
 
 
 @pytest.mark.parametrize(

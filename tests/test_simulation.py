@@ -12,7 +12,7 @@ import pytest
 from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Refused, Send, Submit
 from runtime.group import Limits
 from runtime.messages import Hello, Message, Plan, Stop, decode, encode
-from runtime.request import Completion, Request, SamplingParams
+from runtime.request import Completion, Request, SamplingParams, TokenLogprob
 from tests.fake_ranks import VOCAB, FakeGroup, invented_token
 
 JOBS = 400  # per merge
@@ -26,8 +26,8 @@ class Job:
     merge: str
     machine: Coordinator = field(init=False)
     groups: list[FakeGroup] = field(init=False)
-    requests: dict[int, Request] = field(init=False)
-    completions: dict[int, Completion] = field(default_factory=dict)
+    requests: dict[tuple[int, int], Request] = field(init=False)  # by (index, copy)
+    completions: dict[tuple[int, int], Completion] = field(default_factory=dict)
     stops: list[Stop] = field(default_factory=list)
     to_group: dict[int, deque[Plan]] = field(default_factory=dict)
     from_rank: dict[int, deque[Message]] = field(default_factory=dict)  # in order from one rank, in any between ranks
@@ -54,19 +54,19 @@ class Job:
             for g in range(count)
         ]  # fmt: skip
         self.machine = Coordinator([group.ranks for group in self.groups], limits, text_of)
-        self.requests = {
-            index: Request(
-                index,
-                tuple(target(index, position) for position in range(length)),
-                SamplingParams(
-                    max_tokens=most,
-                    stop=rng.choice([(), (), ("a",), ("bc", "dda")]),
-                    stop_token_ids=rng.choice([(), (3,)]),
-                    ignore_eos=rng.random() < 0.5,
-                ),
+        self.requests = {}
+        for index, (length, most) in enumerate(zip(prompts, wanted, strict=True)):
+            prompt = tuple(target(index, -1, position) for position in range(length))
+            params = SamplingParams(
+                max_tokens=most,
+                stop=rng.choice([(), (), ("a",), ("bc", "dda")]),
+                stop_token_ids=rng.choice([(), (3,)]),
+                ignore_eos=rng.random() < 0.5,
+                prompt_logprobs=rng.choice([None, None, 1]),
+                logprobs=rng.choice([None, 0]),
             )
-            for index, (length, most) in enumerate(zip(prompts, wanted, strict=True))
-        }
+            for copy in range(rng.choice([1, 1, 2, 5])):
+                self.requests[index, copy] = Request(index, prompt, params, copy)
         self.end = end
 
     end: tuple[int, ...] = field(default=(), init=False)
@@ -76,7 +76,7 @@ class Job:
         ends = {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self.end)}
         output: list[int] = []
         for position in range(len(request.prompt), len(request.prompt) + request.params.max_tokens):
-            output.append(self.groups[0].target(request.index, position))
+            output.append(self.groups[0].target(request.index, request.copy, position))
             if output[-1] in ends:
                 return tuple(output), text_of(output[:-1]), "stop"
             text = text_of(output)
@@ -116,8 +116,9 @@ class Job:
         for action in actions:
             assert not isinstance(action, Refused), action
             if isinstance(action, Finished):
-                assert action.completion.index not in self.completions, "finished twice"
-                self.completions[action.completion.index] = action.completion
+                name = action.completion.index, action.completion.copy
+                assert name not in self.completions, "finished twice"
+                self.completions[name] = action.completion
             elif isinstance(action.message, Stop):
                 self.stops.append(action.message)
             else:
@@ -131,21 +132,33 @@ def text_of(tokens: list[int]) -> str:
     return "".join("abcdefghijklmnop"[token] for token in tokens)
 
 
+def check_logprobs(request: Request, completion: Completion) -> None:
+    """One for each token that was asked about, and of that very position."""
+    first = len(request.prompt)
+    output = [TokenLogprob(token, -position, ()) for position, token in enumerate(completion.tokens, first)]
+    prompt = [TokenLogprob(token, -position, ()) if position else None for position, token in enumerate(request.prompt)]
+    assert completion.logprobs == (None if request.params.logprobs is None else tuple(output))
+    assert completion.prompt_logprobs == (None if request.params.prompt_logprobs is None else tuple(prompt))
+
+
 @pytest.mark.parametrize("merge", ["group", "coordinator"])
 def test_every_request_finishes_with_its_own_tokens(merge: str, seed: int) -> None:
-    preempted = 0
+    preempted = borrowed = 0
     for number in range(JOBS):
         job = Job(random.Random(f"{seed} {number}"), merge)
         print(f"job {number}")  # of a failure: the last one
         job.run()
         assert job.stops == [Stop(0, "every request is finished")]
-        for index, request in job.requests.items():
-            completion = job.completions[index]
+        for name, request in job.requests.items():
+            completion = job.completions[name]
             assert (completion.tokens, completion.text, completion.finish_reason) == job.expected(request)
             assert completion.num_prompt_tokens == len(request.prompt)
+            check_logprobs(request, completion)
         for group in job.machine._ready.values():
-            assert group.pool.num_free == group.pool.size, "blocks leaked"
+            assert group.pool.num_free == group.pool.size and not group.kept, "blocks leaked"
             assert sorted(group._free_slots) == list(range(group.limits.max_num_seqs))
         assert job.machine.num_rounds > 0 or not job.requests
         preempted += sum(group.preempted for group in job.groups)
+        borrowed += sum(group.borrowed for group in job.groups)
     assert preempted > 0, "no job was tight enough to put a sequence back"
+    assert borrowed > 0, "no copy was spared its prompt"

@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,28 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
         max_model_len=longest,
         vocab_size=model.vocab_size,
         end_tokens=sorted(model.end_tokens),
+        fingerprint=fingerprint(config, model, longest, len(place.members), device),
     )
     return engine, hello
+
+
+def fingerprint(config: RunConfig, model: Model, longest: int, ranks: int, device: torch.device) -> str:
+    """Hex, the same wherever the same request gets the same tokens: of the model, its arithmetic and what does it.
+
+    What drafts, how rounds are made and how many groups there are decide nothing and are left out.
+    """
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    arithmetic = config.model.model_dump_json(exclude={"target"})
+    parts = [model.digest, arithmetic, str(model.dtype), longest, ranks, device.type, kind, torch.__version__, release()]
+    return blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+def release() -> str:
+    """The version of this program; "source" where it is not installed."""
+    try:
+        return version("quasar-runtime")
+    except PackageNotFoundError:
+        return "source"
 
 
 def choose_device(wanted: str, place: Place) -> torch.device:

@@ -63,20 +63,21 @@ class Rank:
         """Runs the plan's rounds within the group; the coordinator hears of each while the next is under way."""
         for left in reversed(range(plan.rounds)):
             round_ = self.engine.draft()
-            scores, ids = self.engine.verify(round_)
-            decision = self.engine.agree(round_, scores, ids)
+            choice = self.engine.verify(round_)
+            decision = self.engine.agree(round_, choice)
             self.engine.apply(round_, decision)
             self._digest = decision.digest(self._digest)
             last = left == 0 or not round_.works
             self._rounds += len(round_.works) > 0
             with self.engine.clock.part("coordinate"):
-                self.client.send(Report(self.rank, plan.number, self._digest, last, decision if self.leads else None))
+                told = (decision, choice.logprobs) if self.leads else (None, None)
+                self.client.send(Report(self.rank, plan.number, self._digest, last, *told))
             if last:
                 return
 
     def _vote(self, plan: Plan) -> None:
         round_ = self._undecided = self.engine.draft()
-        scores, ids = self.engine.verify(round_)
+        choice = self.engine.verify(round_)
         self._rounds += len(round_.works) > 0
         verdict = Verdict(
             rank=self.rank,
@@ -85,8 +86,9 @@ class Rank:
             decides=round_.decides.astype(np.int32),
             num_drafts=round_.num_drafts,
             drafts=round_.drafts,
-            scores=scores,
-            ids=ids,
+            scores=choice.scores,
+            ids=choice.ids,
+            logprobs=choice.logprobs if self.leads else None,
         )
         with self.engine.clock.part("coordinate"):
             self.client.send(verdict)
@@ -101,6 +103,7 @@ def admit(newcomer: Admission) -> Sequence:
         num_prompt=newcomer.num_prompt,
         limit=newcomer.limit,
         ends=frozenset(newcomer.ends),
-        temperature=newcomer.temperature,
-        seed=newcomer.seed,
+        sampling=newcomer.sampling,
+        copy=newcomer.copy,
+        num_computed=newcomer.num_computed,
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from configs import exits
 from configs.schema import CoordinationConfig
-from runtime.coordinator import Action, Coordinator, Event, NoMoreRequests, Send, Silent, Submit
+from runtime.coordinator import Coordinator, Event, NoMoreRequests, Send, Silent, Submit
 from runtime.messages import Alive, BadMessage, Failure, Farewell, Hello, Report, Verdict
 from runtime.request import Request
 from workers.transport import Server
 
 GRACE = 5.0  # seconds that ranks get to hear of the end and to say goodbye
+REQUESTS = 4  # submitted in one turn at most, so that messages don't wait
+OUTCOMES = 256  # taken from the source in one turn at most, so that many of them share one write
 
 
 class Shell:
@@ -26,17 +29,18 @@ class Shell:
         self._heard: dict[int, float] = {}
         self._told: set[int] = set()  # ranks that know of an early end
         self._interrupts: list[Event] = []
-        self._outcomes: list[Action] = []
+        self._outcomes: list[Any] = []
 
     def interrupt(self, event: Event) -> None:
         """Adds an event from a signal handler; it is handled within half a heartbeat."""
         self._interrupts.append(event)
 
-    def run(self, source: Iterator[Request], sink: Callable[[list[Action]], None]) -> None:
+    def run(self, source: Iterator[Any], sink: Callable[[list[Any]], None]) -> None:
         """Returns when the job is over and every rank knows, or has had GRACE to.
 
-        source: requests, read when the machine has an appetite for more. sink: gets everything that is finished or
-        refused, in one call per turn, and returns once it is safe on disk.
+        source: requests, read when the machine has an appetite for more; anything else in it is an outcome already.
+        sink: gets all outcomes - what is finished or refused, and those of the source - in one call per turn, and returns
+        once they are safe on disk.
         """
         deadline: float | None = None
         while not self._machine.over and self._told != set(self._machine.ranks):
@@ -79,13 +83,20 @@ class Shell:
         if self._server.send(identity, stop if stop is not None and early else Alive(-1)) and early:
             self._told.add(rank)
 
-    def _feed(self, source: Iterator[Request]) -> None:
-        """Submits requests while the machine wants some, a few at a time so that messages don't wait."""
-        for _ in range(min(4, self._machine.appetite)):
-            request = next(source, None)
-            self._handle(NoMoreRequests() if request is None else Submit(request))
-            if request is None:
+    def _feed(self, source: Iterator[Any]) -> None:
+        """Submits requests while the machine wants some, a few at a time."""
+        requests = outcomes = 0
+        while requests < min(REQUESTS, self._machine.appetite) and outcomes < OUTCOMES:
+            item = next(source, None)
+            if item is None:
+                self._handle(NoMoreRequests())
                 return
+            if isinstance(item, Request):
+                requests += 1
+                self._handle(Submit(item))
+            else:
+                outcomes += 1
+                self._outcomes.append(item)
 
     def _watch(self) -> None:
         """Tells the machine of ranks that have been silent for too long."""

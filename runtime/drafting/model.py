@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from runtime.batch import Batch, Piece
+from runtime.check import Check, Rows
+from runtime.comm import Solo
 from runtime.kv_cache import KVCache
 from runtime.model import Model
-from runtime.sampling import local_best
+from runtime.sampling import best
 from runtime.scheduler import Work
 from runtime.sequence import Sequence
 
@@ -16,8 +16,9 @@ class ModelDrafter:
     """Proposes a chain of tokens by the target's own rule: the same noise at the same position, the small model's logits.
 
     With shared noise a draft equals the target's token with probability (1 - TV) / (1 + TV) or more, TV being the total
-    variation between the two models' distributions (Daliri, Musco and Suresh, 2024). The replica's cache is paged by the
-    target's own block tables, so it needs no bookkeeping of its own but how far it has computed.
+    variation between the two models' distributions (Daliri, Musco and Suresh, 2024). Penalties and filters apply as well:
+    drafts that they rule out could hardly stand, and a whole replica needs no exchange for them. The replica's cache is
+    paged by the target's own block tables, so it needs no bookkeeping of its own but how far it has computed.
     """
 
     def __init__(self, model: Model, cache: KVCache, budget: int) -> None:
@@ -31,13 +32,14 @@ class ModelDrafter:
         active = [i for i, work in enumerate(works) if work.num_drafts > 0]
         self._catch_up([works[i].sequence for i in active])
         while active:
-            pieces = []
+            pieces, checks = [], []
             for i in active:
                 sequence, chain = works[i].sequence, chains[i]
                 start = sequence.num_committed + len(chain) - 1 if chain else self._start(sequence)
                 pieces.append(Piece(chain[-1:] or sequence.tokens[start:], start, sequence.blocks, 1))
+                checks.append(Check(sequence, sequence.num_committed + len(chain), 1, list(chain)))
             batch = Batch.build(pieces, self._cache.block_size, self._cache.device)
-            for i, token in zip(active, self._sample([works[i].sequence for i in active], pieces, batch), strict=True):
+            for i, token in zip(active, self._sample(checks, batch), strict=True):
                 chains[i].append(token)
             active = [i for i in active if len(chains[i]) < works[i].num_drafts]
         for work, chain in zip(works, chains, strict=True):
@@ -65,10 +67,6 @@ class ModelDrafter:
                 start += chunk
             self._computed[sequence.slot] = start
 
-    def _sample(self, sequences: list[Sequence], pieces: list[Piece], batch: Batch) -> list[int]:
+    def _sample(self, checks: list[Check], batch: Batch) -> list[int]:
         logits = self._model.forward(batch, self._cache)
-        device = logits.device
-        temperatures = torch.tensor([s.temperature for s in sequences], dtype=torch.float32, device=device)
-        seeds = torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device)
-        positions = torch.tensor([p.start + len(p.tokens) for p in pieces], dtype=torch.int64, device=device)
-        return [int(token) for token in local_best(logits, temperatures, seeds, positions, 0)[1]]
+        return [int(token) for token in best(logits, Rows.of(checks), Solo(), 0)[1]]
