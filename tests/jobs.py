@@ -79,7 +79,7 @@ def rows(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def write_requests(path: Path, count: int, max_tokens: int = 24) -> Path:
-    """Demo prompts as requests, every other one sampled with a seed, the last one a chat."""
+    """Demo prompts as requests, every other one sampled with a seed, one with three continuations, the last one a chat."""
     demo = [json.loads(line) for line in (ROOT / "configs/demo/prompts.jsonl").read_text().splitlines()]
     completions = [line for line in demo if line["url"] == "/v1/completions"]
     chats = [line for line in demo if line["url"] != "/v1/completions"]
@@ -88,5 +88,6 @@ def write_requests(path: Path, count: int, max_tokens: int = 24) -> Path:
             line = completions[index % len(completions)] if index < count - 1 else chats[0]
             line = line | {"custom_id": f"request-{index}"}
             line["body"] = line["body"] | {"max_tokens": max_tokens, "temperature": 0.8 * (index % 2), "seed": index}
+            line["body"]["n"] = 3 if index == 1 else 1
             file.write(json.dumps(line) + "\n")
     return path

@@ -2,10 +2,14 @@
 
 import json
 import random
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from launcher.batch import BadRequest, Call, Encoder, parse
@@ -27,8 +31,11 @@ def call(body: Any, url: str = COMPLETIONS, index: int = 0, custom_id: str = "a"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def make_model(directory: Path) -> Path:
     """A byte-level BPE tokenizer that puts <s> before a text, with a chat template."""
-    directory = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -236,3 +243,36 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
         Encoder(tmp_path / "nowhere", 64, 400, 1)
     with pytest.raises(TokenizerError, match="cannot load the tokenizer"):
         Encoder(tmp_path, 64, 400, 1)
+
+
+IDS = st.lists(st.integers(0, 450), max_size=4)
+PARAMS = st.fixed_dictionaries({}, optional={
+    "n": st.integers(1, 4), "top_p": st.floats(0.01, 1), "top_k": st.integers(-1, 9), "min_p": st.floats(0, 1),
+    "min_tokens": st.integers(0, 40), "max_tokens": st.integers(1, 40), "allowed_token_ids": IDS, "stop_token_ids": IDS,
+    "logit_bias": st.dictionaries(st.integers(0, 450).map(str), st.floats(-100, 100), max_size=3),
+    "bad_words": st.lists(st.text(max_size=5), max_size=3), "stop": st.lists(st.text(max_size=3), max_size=3),
+    "logprobs": st.integers(0, 20), "prompt_logprobs": st.integers(0, 20), "echo": st.booleans(),
+})  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(prompt=st.text(min_size=1, max_size=70), params=PARAMS)
+def test_whatever_is_asked_for_is_within_what_the_runtime_takes(prompt: str, params: Any) -> None:
+    try:
+        request = a_model().encode(call({"prompt": prompt, **params}))
+    except BadRequest:
+        return
+    taken = request.params
+    assert 1 <= taken.max_tokens <= 64 - len(request.prompt) and 0 <= taken.min_tokens <= taken.max_tokens
+    ids = [*taken.stop_token_ids, *(taken.allowed_token_ids or ()), *(token for token, _ in taken.logit_bias)]
+    ids += [token for word in taken.bad_words for token in word]
+    assert all(0 <= token < 400 for token in ids)
+    assert all(taken.bad_words) and taken.allowed_token_ids != () and taken.top_k >= 0
+    if taken.allowed_token_ids is not None:
+        assert {(token,) for token in taken.allowed_token_ids} - set(taken.bad_words), "something is left"
+
+
+@cache
+def a_model() -> Encoder:
+    with tempfile.TemporaryDirectory() as directory:
+        return Encoder(make_model(Path(directory)), max_model_len=64, vocab_size=400, job_seed=1)

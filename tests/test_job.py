@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from launcher.encoder import copy_seed
 from tests.jobs import available, finish, launcher_command, rows, run, start, write_requests
 
 COUNT = 10
@@ -86,6 +87,25 @@ def kill(pid: int, victim: str) -> None:
     ranks = [p for p in family if "launcher/main.py" in p.cmdline() and p not in coordinators]
     for process in {"all": [*family, psutil.Process(pid)], "rank": ranks[-1:], "coordinator": coordinators}[victim]:
         process.send_signal(signal.SIGKILL)
+
+
+def test_continuations_are_requests_with_seeds_of_their_own(tmp_path: Path) -> None:
+    prompt = Path("runtime/sequence.py").read_text()[:300]
+    body = {"prompt": prompt, "max_tokens": 12, "temperature": 0.9, "stop": ["\n\n"], "include_stop_str_in_output": True}
+    bodies = [body | {"seed": 7, "n": 3}, *(body | {"seed": seed} for seed in (7, copy_seed(7, 1), copy_seed(7, 2)))]
+    lines = [
+        json.dumps({"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": each})
+        for i, each in enumerate(bodies)
+    ]
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text("\n".join(lines))
+    found = run("python", 1, tmp_path, "parallel.tensor=1", prompts=prompts)
+    answers = [found[index]["response"]["body"] for index in range(4)]
+    together, *alone = answers
+    assert len({answer["system_fingerprint"] for answer in answers}) == 1
+    assert [choice | {"index": 0} for choice in together["choices"]] == [answer["choices"][0] for answer in alone]
+    assert together["usage"]["completion_tokens"] == sum(answer["usage"]["completion_tokens"] for answer in alone)
+    assert together["usage"]["prompt_tokens"] == alone[0]["usage"]["prompt_tokens"]
 
 
 def test_bad_lines_become_error_rows_and_the_rest_goes_on(tmp_path: Path) -> None:
