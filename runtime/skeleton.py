@@ -38,15 +38,12 @@ def build_config(directory: str | Path) -> PretrainedConfig:
     raw = read_json(directory, "config.json")
     if not raw:
         raise ModelError(f"{directory / 'config.json'} is missing; model.target names a downloaded Hugging Face model")
-    if "quantization_config" in raw:
-        raise ModelError(
-            f"{directory} is quantised already (quantization_config in config.json); use the plain 16-bit checkpoint, "
-            "it is quantised while it loads"
-        )
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises KeyError, ValueError, OSError, TypeError and validation errors
         raise ModelError(f"{directory / 'config.json'} describes no model transformers can build: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # `runtime.quantize.schemes` reads it; transformers would ask for its libraries
     text = config.get_text_config()
     other = set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES
     if other:
