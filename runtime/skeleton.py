@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ ATTENTION = "quasar"  # what our attention is called in transformers' registry
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Rotary embeddings that change with the longest sequence of a batch: a row would depend on its neighbours.
 SHIFTING_ROPE = {"dynamic", "longrope"}
+
+# While it builds, transformers sets torch's default dtype, which threads share.
+_BUILDING = threading.Lock()
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -64,7 +68,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     Raises ModelError for an architecture without a tensor-parallel plan.
     """
     try:
-        with _EmptyOnMeta():
+        with _BUILDING, _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot build a {config.model_type} for text generation: {error}") from error
