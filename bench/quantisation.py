@@ -39,11 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     common = ["--model", str(given.model), "--output", str(given.work), "--samples", str(given.samples)]
-    given.work.mkdir(parents=True, exist_ok=True)
-    saved = given.work / "calibration.pt"
-    if not saved.exists():
-        torch.save(torch.tensor(calibrate(quantize_arguments(common))), saved)
-    text = torch.load(saved, weights_only=True)
+    text = torch.tensor(calibrate(quantize_arguments(common)))
 
     models: dict[tuple[str, ...], Model] = {}
     for variant in given.variants:

@@ -8,14 +8,17 @@ which, and only for that, it is held whole.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs import exits
+from launcher.atomic import write_whole
 
 SAMPLES, LENGTH = 128, 512
+TEXT = "quantization_calibration.json"
 AT_ONCE = 32  # texts that are generated together
 
 
@@ -80,9 +83,18 @@ def calibrate(given: argparse.Namespace) -> list[list[int]]:
     """Windows of calibration, all of one length."""
     from launcher.corpus import BadText, windows
     from launcher.encoder import load_tokenizer
+    from runtime.checkpoint import read_json
 
     if given.calibration is None:
-        return write_text(given)
+        # Kept beside the model: to go on after a stop takes the very same text, on whatever machine.
+        kept, asked = given.output / TEXT, {"seed": given.seed, "samples": given.samples, "length": given.length}
+        held = read_json(given.output, TEXT)
+        if {name: held.get(name) for name in asked} != asked:
+            held = asked | {"tokens": write_text(given)}
+            given.output.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, json.dumps(held).encode())
+        tokens: list[list[int]] = held["tokens"]
+        return tokens
     found = windows(given.calibration, load_tokenizer(given.model), given.length)
     found = [window for window in found if len(window) == given.length]
     if not found:
@@ -100,8 +112,11 @@ def write_text(given: argparse.Namespace) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from runtime.checkpoint import ModelError, read_json
     from runtime.skeleton import build_config
 
+    if read_json(given.model, "config.json").get("quantization_config"):
+        raise ModelError(f"{given.model} is quantised already; give the plain 16-bit checkpoint")
     build_config(given.model)
     disable_progress_bar()
     torch.manual_seed(given.seed)

@@ -104,6 +104,10 @@ def test_commands(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert entry.main([*quantize, one, "--method", "gptq", "--calibration", str(text), "--asymmetric"]) == 0
     assert entry.main([*quantize, two, "--method", "awq"]) == 0  # with text of its own
+    before = {path.name: path.read_bytes() for path in Path(two).iterdir()}
+    (Path(two) / "model.safetensors.index.json").unlink()
+    assert entry.main([*quantize, two, "--method", "awq"]) == 0  # with the same text again
+    assert {path.name: path.read_bytes() for path in Path(two).iterdir()} == before
     capsys.readouterr()
     for model in (one, two):
         options = ["--reference", str(source), "--model", model, "--data", str(text), "--length", "40"]

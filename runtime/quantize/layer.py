@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.quantize.awq import clipped, search_scale
-from runtime.quantize.folding import divide, find_producer, multiply, producers
+from runtime.quantize.folding import find_producer, multiply, producers
 from runtime.quantize.gptq import DAMPING, gptq
 from runtime.quantize.int4 import Int4Weight, quantize
 
@@ -147,11 +147,14 @@ def _take(linear: nn.Linear, weight: Int4Weight) -> Int4Weight:
 
 def _fold(producer: nn.Module, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Divides the producer by the scale. Returns the scale that its channels really got, stored as they are in `dtype`."""
-    weight = producer.weight
+    weight, bias = producer.weight, getattr(producer, "bias", None)
     assert isinstance(weight, nn.Parameter)
-    before = weight.data
-    divide(producer, scale)
-    if before.dim() == 2:  # a linear's channels are rounded to four bits anyway, each with scales of its own
-        return scale
-    weight.data = weight.data.to(dtype).float()
-    return torch.where(weight.data != 0, before / weight.data, scale)
+    if weight.dim() == 2:  # a linear's channels are rounded to four bits anyway, each with scales of its own
+        weight.data = weight.data / scale[:, None]
+    else:
+        stored = (weight.data / scale).to(dtype).float()
+        scale = torch.where(stored != 0, weight.data / stored, scale)
+        weight.data = stored
+    if isinstance(bias, nn.Parameter):
+        bias.data = (bias.data / scale).to(dtype).float()
+    return scale
