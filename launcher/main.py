@@ -5,7 +5,8 @@
     mpirun -n 8 python launcher/main.py ...
     python launcher/main.py ...
 
-The job's first rank starts the coordinator beside itself, unless `--role` says that it runs elsewhere.
+`quantize` or `compare` as the first word is another program: `launcher/quantize.py`, `launcher/compare.py`. The job's first
+rank starts the coordinator beside itself, unless `--role` says that it runs elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if not __package__:  # run as a file: the repository, not launcher/, is where pa
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import importlib
 import logging
 import os
 import secrets
@@ -29,6 +31,8 @@ from configs import exits
 from configs.load import ConfigError, load
 from configs.schema import RunConfig
 from launcher.topology import Topology, TopologyError, board, discover
+
+COMMANDS = ("quantize", "compare")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +62,10 @@ def read_config(given: argparse.Namespace) -> RunConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs this process's part of the job and returns its exit code; the README lists them."""
     logging.basicConfig(level=logging.WARNING, format="quasar: %(message)s")
-    given = parse_arguments(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in COMMANDS:
+        return importlib.import_module(f"launcher.{words[0]}").main(words[1:])
+    given = parse_arguments(words)
     try:
         config = read_config(given)
         if given.role == "coordinator":

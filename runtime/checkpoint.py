@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,13 @@ class Checkpoint:
         """Hex; the same for the same model: config, names, shapes, and some bytes of every tensor."""
         return self._digest.hexdigest()
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
-        """Raises ModelError unless exactly these tensors are here in these shapes; `ignored` names may be here too."""
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = (), packed: Collection[str] = ()
+    ) -> None:
+        """Raises ModelError unless exactly these tensors are here in these shapes; `ignored` names may be here too.
+
+        `packed` names, of those expected, are words of 32 bits.
+        """
         missing = sorted(set(expected) - set(self.shapes))
         if missing:
             raise ModelError(
@@ -76,7 +81,7 @@ class Checkpoint:
                     f"{name} in {self._where[name]} is {list(self.shapes[name])}, its config.json makes it "
                     f"{list(shape)}: the two don't belong together; {AGAIN}"
                 )
-            if self.dtypes[name] not in DTYPES:
+            if self.dtypes[name] not in (("I32",) if name in packed else DTYPES):
                 raise ModelError(f"{name} in {self._where[name]} is {self.dtypes[name]}; use the plain 16-bit checkpoint")
 
     def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:

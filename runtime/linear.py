@@ -1,7 +1,8 @@
 """Linear layers and the embedding as one rank holds them.
 
-A *product* is a weight and how x is multiplied with it: `Dense`, `Int4` or `Int8`. `ColumnParallel` and `RowParallel` are the
-modules that stand in for `nn.Linear`. A row's result has the same bits whatever rows stand beside it.
+A *product* is a weight and how x is multiplied with it: `Dense`, `Int4` or `Int8`, and what is made of those. `ColumnParallel`
+and `RowParallel` are the modules that stand in for `nn.Linear`. A row's result has the same bits whatever rows stand
+beside it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,31 @@ class Int8:
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = self._product(x, self.packed)
         return out
+
+
+class Reordered:
+    """A product whose weight has its inputs in another order, some of them maybe twice; order: int64, their places."""
+
+    def __init__(self, product: Product, order: Tensor, in_features: int) -> None:
+        self.product, self.order, self.in_features = product, order, in_features
+        self.out_features = product.out_features
+        self.nbytes = product.nbytes + order.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x[:, self.order])
+
+
+class Stacked:
+    """Products of the same input, one under the other, that cannot be one product."""
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self.products = list(products)
+        self.in_features = products[0].in_features
+        self.out_features = sum(product.out_features for product in products)
+        self.nbytes = sum(product.nbytes for product in products)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([product(x) for product in self.products], dim=1)
 
 
 class Siblings:

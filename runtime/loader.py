@@ -14,10 +14,23 @@ from configs.schema import ModelConfig
 from runtime.checkpoint import Checkpoint, ModelError
 from runtime.comm import Communicator
 from runtime.layout import Layout
-from runtime.linear import ColumnParallel, Dense, Int4, Int8, Product, RowParallel, Siblings, VocabEmbedding
-from runtime.quantize.int4 import Int4Weight, quantize
+from runtime.linear import (
+    ColumnParallel,
+    Dense,
+    Int4,
+    Int8,
+    Product,
+    Reordered,
+    RowParallel,
+    Siblings,
+    Stacked,
+    VocabEmbedding,
+)  # fmt: skip
+from runtime.quantize.int4 import Int4Weight, merge, quantize
 from runtime.quantize.int8 import Int8Weight
 from runtime.quantize.int8 import quantize as quantize_int8
+from runtime.quantize.schemes import Scheme
+from runtime.quantize.stored import expand, read_int4
 from runtime.shard import Span
 from runtime.skeleton import replace
 
@@ -35,6 +48,7 @@ class Loader:
     dtype: torch.dtype
     device: torch.device
     comm: Communicator
+    schemes: dict[str, Scheme]
 
     def fill(self, layout: Layout, tied: dict[str, str]) -> int:
         """Replaces and fills all modules. Returns the bytes of weights held."""
@@ -45,7 +59,7 @@ class Loader:
         table = self._read(f"{layout.embedding}.weight", layout.embedding_span)
         embedding.weight = nn.Parameter(table, requires_grad=False)
         stored = tied.get(f"{layout.head}.weight", f"{layout.head}.weight")
-        head = self._head(stored, layout.head_span, table if f"{layout.head}.weight" in tied else None)
+        head = self._head(layout.head, stored, layout.head_span, table if f"{layout.head}.weight" in tied else None)
         head_bias = self._bias([layout.head], [layout.head_span])
         shared = isinstance(head, Dense) and head.weight.data_ptr() == table.data_ptr()
         held += table.nbytes + (0 if shared else head.nbytes) + (0 if head_bias is None else head_bias.nbytes)
@@ -55,17 +69,19 @@ class Loader:
             layout.head: ColumnParallel(Siblings(head, [layout.head_span.width], head_bias)),
         }
         for columns in layout.columns:
-            product = self._product([(path, span, None) for path, span in zip(columns.paths, columns.spans, strict=True)])
+            inputs = Span(0, self._linear(columns.paths[0]).in_features)
+            product = self._product([(path, span, inputs) for path, span in zip(columns.paths, columns.spans, strict=True)])
             siblings = Siblings(product, [s.width for s in columns.spans], self._bias(columns.paths, columns.spans))
             held += siblings.nbytes
             for index, path in enumerate(columns.paths):
                 swaps[path] = ColumnParallel(siblings, index, comm, columns.gathered)
         for rows in layout.rows:
-            product, bias = self._product([(rows.path, None, rows.span)]), self._bias([rows.path], [None])
+            outputs = Span(0, self._linear(rows.path).out_features)
+            product, bias = self._product([(rows.path, outputs, rows.span)]), self._bias([rows.path], [None])
             held += product.nbytes + (0 if bias is None else bias.nbytes)
             swaps[rows.path] = RowParallel(product, bias, comm, rows.span if rows.whole_input else None)
         for path in layout.whole:
-            dense = Dense(self._read(f"{path}.weight"), self.kernels)
+            dense = Dense(self._weight(path), self.kernels)
             siblings = Siblings(dense, [dense.out_features], self._bias([path], [None]))
             held += siblings.nbytes
             swaps[path] = ColumnParallel(siblings)
@@ -73,34 +89,59 @@ class Loader:
             replace(self.module, path, swap)
         return held + self._rest()
 
-    def _head(self, name: str, span: Span, table: Tensor | None) -> Product:
-        """The head's product; `table` is the embedding's weight, if that is the head's too."""
+    def _head(self, path: str, stored: str, span: Span, table: Tensor | None) -> Product:
+        """The head's product; `table` is the embedding's weight if it is the head's too; `stored`: its name in the files."""
         if self.config.lm_head == "16bit":
-            return Dense(self._read(name, span) if table is None else table, self.kernels)
+            return Dense(self._weight(path, span) if table is None else table, self.kernels)
         # From the file's own values, some rows at a time: each has a scale of its own.
         starts = range(span.start, span.stop, HEAD_ROWS)
         pieces = (Span(start, min(start + HEAD_ROWS, span.stop)) for start in starts)
         try:
-            parts = [quantize_int8(self.checkpoint.read(name, piece).to(self.device)) for piece in pieces]
+            parts = [quantize_int8(self._stored_rows(path, stored, piece)) for piece in pieces]
         except ValueError as error:
-            raise ModelError(f"{name} cannot be quantised: {error}; use model.lm_head: 16bit") from error
+            raise ModelError(f"{stored} cannot be quantised: {error}; use model.lm_head: 16bit") from error
         whole = Int8Weight(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]))
         return Int8(self.kernels.pack_int8(whole), self.kernels)
 
-    def _product(self, parts: list[tuple[str, Span | None, Span | None]]) -> Product:
-        """One product of linears' slices (path, rows, columns), laid one under the other."""
-        if self.config.quantization == "none":
-            return Dense(torch.cat([self._read(f"{path}.weight", *slices) for path, *slices in parts]), self.kernels)
-        weights = [self._quantised(f"{path}.weight", rows, columns) for path, rows, columns in parts]
-        merged = Int4Weight(
-            torch.cat([weight.codes for weight in weights]),
-            torch.cat([weight.scale for weight in weights]),
-            torch.cat([weight.zero for weight in weights]),
-            self.config.group_size,
-        )
-        return Int4(self.kernels.pack_int4(merged, self.config.activations), self.kernels)
+    def _stored_rows(self, path: str, stored: str, rows: Span) -> Tensor:
+        """Rows of the head as precisely as the files have them."""
+        return self._weight(path, rows) if path in self.schemes else self.checkpoint.read(stored, rows).to(self.device)
 
-    def _quantised(self, name: str, rows: Span | None, columns: Span | None) -> Int4Weight:
+    def _product(self, parts: list[tuple[str, Span, Span]]) -> Product:
+        """One product of linears' slices (path, rows, columns), laid one under the other."""
+        made = [self._part(*part) for part in parts]
+        if all(isinstance(weight, Tensor) for weight, _ in made):
+            return Dense(torch.cat([weight for weight, _ in made if isinstance(weight, Tensor)]), self.kernels)
+        fours = [weight for weight, _ in made if isinstance(weight, Int4Weight)]
+        order, inputs = made[0][1], parts[0][2].width
+        if len(fours) == len(made) and len({w.group_size for w in fours}) == 1 and all(_same(o, order) for _, o in made):
+            return self._packed(merge(fours), order, inputs)
+        return Stacked([Dense(w, self.kernels) if isinstance(w, Tensor) else self._packed(w, o, inputs) for w, o in made])
+
+    def _packed(self, weight: Int4Weight, order: Tensor | None, inputs: int) -> Product:
+        product = Int4(self.kernels.pack_int4(weight, self.config.activations), self.kernels)
+        return product if order is None else Reordered(product, order, inputs)
+
+    def _part(self, path: str, rows: Span, columns: Span) -> tuple[Tensor | Int4Weight, Tensor | None]:
+        """A linear's slice as it is held, and the order of its inputs if that isn't their own."""
+        if self.config.quantization == "none" or (self.schemes and path not in self.schemes):
+            return self._weight(path, rows, columns), None
+        if path in self.schemes:
+            self._no_hidden_bias(path)
+            weight, order = read_int4(self.checkpoint, path, self.schemes[path], rows, columns)
+            return weight.to(self.device), None if order is None else order.to(self.device)
+        return self._quantised(f"{path}.weight", rows, columns), None
+
+    def _weight(self, path: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        """A linear's slice in the model's dtype, expanded if it is stored in four bits."""
+        scheme = self.schemes.get(path)
+        if scheme is None:
+            return self._read(f"{path}.weight", rows, columns)
+        linear = self._linear(path)
+        rows, columns = rows or Span(0, linear.out_features), columns or Span(0, linear.in_features)
+        return expand(*read_int4(self.checkpoint, path, scheme, rows, columns), columns.width).to(self.device, self.dtype)
+
+    def _quantised(self, name: str, rows: Span, columns: Span) -> Int4Weight:
         # Rounded from the file's own values, not from a narrower dtype.
         weight = self.checkpoint.read(name, rows, columns).to(self.device)
         try:
@@ -121,6 +162,17 @@ class Loader:
             for path, span, linear in zip(paths, spans, linears, strict=True)
         ])  # fmt: skip
 
+    def _no_hidden_bias(self, path: str) -> None:
+        """Old GPTQ files give every linear a bias, of zeros where the model has none."""
+        name = f"{path}.bias"
+        if self._linear(path).bias is None and name in self.checkpoint.shapes and bool(self.checkpoint.read(name).any()):
+            raise ModelError(f"{name} isn't zero, and the architecture has no such bias; the two don't belong together")
+
+    def _linear(self, path: str) -> nn.Linear:
+        linear = self.module.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
     def _read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
         # A copy: what safetensors returns may be the mapped file itself, unaligned and at the mercy of its owner.
         return self.checkpoint.read(name, rows, columns).to(self.device, self.dtype, copy=True)
@@ -139,3 +191,7 @@ class Loader:
                 value = self.checkpoint.read(f"{prefix}{name}").to(buffer.dtype) if stored else buffer
                 setattr(module, name, value.to(self.device))
         return held
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

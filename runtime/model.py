@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import lcm
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ from runtime.kv_cache import CacheShape, KVCache
 from runtime.layout import lay_out
 from runtime.loader import Loader
 from runtime.pointwise import steady
+from runtime.quantize.schemes import Scheme, read_schemes
 from runtime.skeleton import ATTENTION, build_config, build_skeleton, tied_weights, weight_names
 
 
@@ -93,6 +95,9 @@ AttentionInterface.register(ATTENTION, attend)
 def load_model(config: ModelConfig, comm: Communicator, device: torch.device | str = "cpu") -> Model:
     """Builds the architecture, reads this rank's slices of the checkpoint, quantises and packs them.
 
+    Weights that are stored in four bits are taken as they are, in the checkpoint's own groups; with quantization: none
+    they are expanded to `dtype`.
+
     Names, shapes and files are checked before anything is computed. Raises ModelError, CannotShard.
     """
     device = torch.device(device)
@@ -105,12 +110,15 @@ def load_model(config: ModelConfig, comm: Communicator, device: torch.device | s
         module = build_skeleton(description, dtype)
         expected = dict(weight_names(module))
         tied = tied_weights(module)
-        checkpoint.check(expected, _ignored(module, checkpoint) | set(tied))
-        layout = lay_out(module, config.group_size if config.quantization == "int4" else 1, comm.rank, comm.size)
-        vocab_size = module.get_output_embeddings().out_features
         num_parameters = sum(weight.numel() for name, weight in module.named_parameters() if name in expected)
+        schemes = read_schemes(read_json(config.target, "config.json"), module, checkpoint.shapes)
+        packed = _store(expected, schemes, module)
+        companions = {name for path, scheme in schemes.items() for name in scheme.companions(path)}
+        checkpoint.check(expected, _ignored(module, checkpoint) | set(tied) | companions, packed)
+        layout = lay_out(module, _unit(config, schemes), comm.rank, comm.size)
+        vocab_size = module.get_output_embeddings().out_features
         kernels = select(device)
-        held = Loader(module, config, checkpoint, kernels, dtype, device, comm).fill(layout, tied)
+        held = Loader(module, config, checkpoint, kernels, dtype, device, comm, schemes).fill(layout, tied)
     finally:
         checkpoint.close()
     if device.type == "cpu":
@@ -133,6 +141,25 @@ def load_model(config: ModelConfig, comm: Communicator, device: torch.device | s
         weight_bytes=held,
         decoder=fuse(module, kernels, layout.cache_shape, dtype, rounds) if own else None,
     )
+
+
+def _store(expected: dict[str, tuple[int, ...]], schemes: dict[str, Scheme], module: nn.Module) -> set[str]:
+    """Puts what is stored of packed linears in their weights' place. Returns the names of words."""
+    packed: set[str] = set()
+    for path, scheme in schemes.items():
+        outputs, inputs = expected.pop(f"{path}.weight", (0, 0))
+        if outputs:  # else it is tied to another one
+            tensors = scheme.tensors(path, outputs, inputs)
+            expected.update(tensors)
+            packed.update(name for name in tensors if "scale" not in name.rpartition(".")[2])
+    return packed
+
+
+def _unit(config: ModelConfig, schemes: dict[str, Scheme]) -> int:
+    """What a split must not cut: a group; of a checkpoint with several sizes, a whole number of each."""
+    if schemes:
+        return lcm(*(scheme.group_size for scheme in schemes.values()))
+    return config.group_size if config.quantization == "int4" else 1
 
 
 def _end_tokens(config: ModelConfig, description: Any) -> frozenset[int]:

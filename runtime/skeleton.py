@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ ATTENTION = "quasar"  # what our attention is called in transformers' registry
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Rotary embeddings that change with the longest sequence of a batch: a row would depend on its neighbours.
 SHIFTING_ROPE = {"dynamic", "longrope"}
+
+# While it builds, transformers sets torch's default dtype, which threads share.
+_BUILDING = threading.Lock()
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -38,15 +42,12 @@ def build_config(directory: str | Path) -> PretrainedConfig:
     raw = read_json(directory, "config.json")
     if not raw:
         raise ModelError(f"{directory / 'config.json'} is missing; model.target names a downloaded Hugging Face model")
-    if "quantization_config" in raw:
-        raise ModelError(
-            f"{directory} is quantised already (quantization_config in config.json); use the plain 16-bit checkpoint, "
-            "it is quantised while it loads"
-        )
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises KeyError, ValueError, OSError, TypeError and validation errors
         raise ModelError(f"{directory / 'config.json'} describes no model transformers can build: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # `runtime.quantize.schemes` reads it; transformers would ask for its libraries
     text = config.get_text_config()
     other = set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES
     if other:
@@ -67,7 +68,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     Raises ModelError for an architecture without a tensor-parallel plan.
     """
     try:
-        with _EmptyOnMeta():
+        with _BUILDING, _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot build a {config.model_type} for text generation: {error}") from error

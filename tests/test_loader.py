@@ -171,7 +171,7 @@ def test_broken_index(seed: int, tmp_path: Path) -> None:
 
 def test_what_cannot_run_is_refused(single: Path) -> None:
     for values, match in [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method .* 'bitsandbytes'; read here"),
         ({"model_type": "no_such_model"}, "describes no model"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
         ({"model_type": "gpt2"}, "gpt2"),

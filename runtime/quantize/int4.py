@@ -1,5 +1,6 @@
 """Weights of four bits, group-wise along the inputs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,10 @@ class Int4Weight:
         codes = self.codes.view(*self.scale.shape, self.group_size)
         return ((codes.float() - self.zero[..., None].float()) * self.scale[..., None]).view(self.codes.shape)
 
+    def to(self, device: torch.device) -> "Int4Weight":
+        """The same weight on a device."""
+        return Int4Weight(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.group_size)
+
     def rows(self, which: slice) -> "Int4Weight":
         """The weight of these outputs."""
         return Int4Weight(self.codes[which], self.scale[which], self.zero[which], self.group_size)
@@ -47,6 +52,16 @@ class Int4Weight:
             raise ValueError("groups are taken without a step")
         inputs = slice(first * self.group_size, max(first, last) * self.group_size)
         return Int4Weight(self.codes[:, inputs], self.scale[:, which], self.zero[:, which], self.group_size)
+
+
+def merge(weights: Sequence[Int4Weight]) -> Int4Weight:
+    """Weights of the same inputs and group size, laid one under the other."""
+    return Int4Weight(
+        torch.cat([weight.codes for weight in weights]),
+        torch.cat([weight.scale for weight in weights]),
+        torch.cat([weight.zero for weight in weights]),
+        weights[0].group_size,
+    )
 
 
 def quantize(weight: Tensor, group_size: int, symmetric: bool) -> Int4Weight:

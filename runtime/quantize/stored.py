@@ -1,0 +1,137 @@
+"""Four-bit weights out of files: each layout's bits, and this rank's slices of them.
+
+A word is 32 bits and holds eight codes, the first in its lowest bits.
+
+- `pack-quantized` (compressed-tensors): weight_packed [N, K / 8], codes along the inputs, a code being the signed value
+  plus 8; weight_scale [N, G]; weight_zero_point [N / 8, G], packed along the outputs.
+- `gptq` (AutoGPTQ, GPTQModel): qweight [K / 8, N], packed along the inputs; scales [G, N]; qzeros [G, N / 8], packed
+  along the outputs. The first version subtracted 0x11111111 from every word of zero points, `gptq_v2` doesn't.
+- `awq` (AutoAWQ, version GEMM): qweight [K, N / 8] and qzeros [G, N / 8], packed along the outputs, which lie in a word
+  in the order 0 2 4 6 1 3 5 7; scales [G, N].
+
+A weight whose groups follow the activations' order (g_idx: the group of each input) is brought into groups that lie
+together by sorting this rank's own inputs; `arrange` says how.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from runtime.checkpoint import Checkpoint, ModelError
+from runtime.quantize.int4 import MIDDLE, Int4Weight
+from runtime.quantize.schemes import Scheme
+from runtime.shard import Span
+
+AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word the outputs 0..7 lie
+SUBGROUPS = (128, 64, 32, 16, 8)
+
+
+def read_int4(
+    checkpoint: Checkpoint, path: str, scheme: Scheme, rows: Span, columns: Span
+) -> tuple[Int4Weight, Tensor | None]:
+    """These outputs and inputs of a linear: the weight [n, k] and the order its inputs come in, None for their own.
+
+    The order is int64 [k'], positions within `columns`: input i of the weight is theirs at order[i]. `columns` starts
+    and ends with a group. Raises ModelError.
+    """
+    size, inputs = scheme.group_size, columns.width
+    group_of = _group_of(checkpoint, path, scheme, columns)
+    if scheme.channel:
+        groups = Span(0, 1)
+    elif group_of is None:
+        groups = Span(columns.start // size, -(-columns.stop // size))
+    else:
+        groups = Span(0, checkpoint.shapes[scheme.order(path)][0] // size)
+    if scheme.layout == "pack-quantized":
+        codes = _unpack(checkpoint.read(f"{path}.weight_packed", rows, _words(columns)), columns)
+        scale = checkpoint.read(f"{path}.weight_scale", rows, groups)
+        if scheme.symmetric:
+            zero = torch.full(scale.shape, MIDDLE, dtype=torch.uint8)
+        else:
+            words = checkpoint.read(f"{path}.weight_zero_point", _words(rows), groups)
+            zero = _unpack(words.t(), rows).t()
+    else:
+        if scheme.layout == "awq":
+            codes = _unpack(checkpoint.read(f"{path}.qweight", columns, _words(rows)), rows, AWQ_PLACES).t()
+        else:
+            codes = _unpack(checkpoint.read(f"{path}.qweight", _words(columns), rows).t(), columns)
+        scale = checkpoint.read(f"{path}.scales", groups, rows).t()
+        words = checkpoint.read(f"{path}.qzeros", groups, _words(rows))
+        if scheme.layout == "gptq":
+            # One addition to the whole word undoes the one subtraction, borrows between zero points included.
+            words = ((words.long() + 0x11111111 + 2**31) % 2**32 - 2**31).int()
+        zero = _unpack(words, rows, AWQ_PLACES if scheme.layout == "awq" else None).t()
+    scale = scale.float()
+    if not bool(torch.isfinite(scale).all()):
+        raise ModelError(f"{path} in {checkpoint.directory} has scales that aren't finite; download the model again")
+    if group_of is not None:
+        return arrange(codes, scale, zero, group_of, size)
+    if scheme.channel:
+        scale, zero = (x.expand(-1, inputs // size) for x in (scale, zero))
+    return Int4Weight(codes.contiguous(), scale.contiguous(), zero.contiguous(), size), None
+
+
+def arrange(codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, size: int) -> tuple[Int4Weight, Tensor]:
+    """Sorts inputs by their group: codes [N, k], scale and zero [N, G], group_of [k] int64 -> a weight and its order.
+
+    With all K inputs every group is whole. A rank with some of the inputs has a part of each group only, so that groups
+    are cut into the subgroups that cost the fewest bytes, filled up by repeating an input under a code that means zero:
+    the sum is the same, the input's largest magnitude too, and no rank needs another's inputs.
+    """
+    counts = torch.bincount(group_of, minlength=scale.shape[1])
+
+    def bytes_of(sub: int) -> float:
+        return float((-(-counts // sub)).sum()) * (sub / 2 + 2)
+
+    sub = min(dict.fromkeys((size, *SUBGROUPS)), key=bytes_of)
+    order, keeps, groups = [], [], []
+    for group in torch.nonzero(counts).flatten().tolist():
+        found = torch.nonzero(group_of == group).flatten()
+        more = -len(found) % sub
+        order.append(torch.cat([found, found[-1:].expand(more)]))
+        keeps.append(torch.arange(len(found) + more) < len(found))
+        groups.append(torch.full((-(-len(found) // sub),), group))
+    if not order:
+        return Int4Weight(codes, scale[:, :0].contiguous(), zero[:, :0].contiguous(), sub), torch.arange(0)
+    places, kept, which = torch.cat(order), torch.cat(keeps), torch.cat(groups)
+    arranged = codes[:, places].where(kept, zero[:, which].repeat_interleave(sub, dim=1))
+    return Int4Weight(arranged, scale[:, which].contiguous(), zero[:, which].contiguous(), sub), places
+
+
+def expand(weight: Int4Weight, order: Tensor | None, inputs: int) -> Tensor:
+    """float32 [N, inputs] in the inputs' own order, of what `read_int4` returns."""
+    values = weight.dequantize()
+    # An input that stands twice is zero all but once.
+    return values if order is None else values.new_zeros(len(values), inputs).index_add_(1, order, values)
+
+
+def _group_of(checkpoint: Checkpoint, path: str, scheme: Scheme, columns: Span) -> Tensor | None:
+    """The group of each of these inputs, int64 [k]; None where groups lie together in the inputs' own order."""
+    name = scheme.order(path)
+    shape = checkpoint.shapes.get(name, (0,))
+    if scheme.channel or shape == (0,):
+        return None
+    if len(shape) != 1 or shape[0] < columns.stop:
+        raise ModelError(f"{name} in {checkpoint.directory} is {list(shape)}: too short; download the model again")
+    found = checkpoint.read(name).long()
+    if torch.equal(found, torch.arange(len(found)) // scheme.group_size):
+        return None
+    if int(found.min()) < 0 or int(found.max()) >= len(found) // scheme.group_size:
+        raise ModelError(f"{name} in {checkpoint.directory} names groups that aren't there; download the model again")
+    return found[columns.start : columns.stop]
+
+
+def _words(span: Span) -> Span:
+    """The words that hold these codes."""
+    return Span(span.start // 8, -(-span.stop // 8))
+
+
+def _unpack(words: Tensor, span: Span, places: list[int] | None = None) -> Tensor:
+    """Words [A, B] int32 -> the codes of `span`, uint8 [A, span]; places: where in a word the codes 0..7 lie."""
+    octets = words.contiguous().view(torch.uint8)
+    codes = torch.stack([octets & 15, octets >> 4], dim=-1).view(len(words), -1)
+    if places is not None:
+        codes = codes.view(len(words), -1, 8)[..., places].reshape(len(words), -1)
+    first = span.start - span.start // 8 * 8
+    return codes[:, first : first + span.width]

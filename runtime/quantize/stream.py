@@ -1,0 +1,244 @@
+"""A whole model into four bits, one layer in memory at a time; what is finished stays finished.
+
+The architecture runs once, with all of calibration as one batch, and at each layer stops to load, round and write it.
+So layers get from transformers exactly the arguments they always get, and nothing here knows their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from runtime.checkpoint import DTYPES, INDEX, Checkpoint, ModelError, read_json
+from runtime.quantize.layer import Recipe, Run, quantize_layer
+from runtime.quantize.written import description, expanded, packed_tensors
+from runtime.skeleton import build_config, build_skeleton, path_of, tied_weights, weight_names
+
+MARK = "quantization_recipe.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def quantize_model(
+    source: Path, output: Path, recipe: Recipe, windows: Tensor | None, *,
+    device: torch.device | str = "cpu", on_layer: Callable[[int, int], None] | None = None,
+) -> None:  # fmt: skip
+    """Reads the model directory `source` and writes `output`, a model directory in `pack-quantized` format.
+
+    windows: calibration, token ids int64 [S, T]; none for rtn. It keeps S * T hidden states in float32, and one layer.
+    on_layer: called with the layers done and all of them. Run again, it goes on where it stopped. Raises ModelError;
+    OSError where the output cannot be written.
+    """
+    if (read_json(source, "config.json")).get("quantization_config"):
+        raise ModelError(f"{source} is quantised already; give the plain 16-bit checkpoint")
+    module = build_skeleton(build_config(source), torch.float32)
+    module.config._attn_implementation = "eager"  # the one that every architecture has, soft caps and sinks included
+    checkpoint = Checkpoint(source)
+    try:
+        checkpoint.check(dict(weight_names(module)), set(checkpoint.shapes) & set(tied_weights(module)))
+        layers = decoder_layers(module)
+        output.mkdir(parents=True, exist_ok=True)
+        _mark(output, recipe, checkpoint.digest, windows)
+        writer = _Writer(module, layers, checkpoint, output, recipe, torch.device(device), on_layer or (lambda *_: None))
+        if not (output / INDEX).exists():
+            writer.work(windows)
+            writer.finish()
+    finally:
+        checkpoint.close()
+
+
+def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
+    """The list of the model's layers: as many as its config says. Raises ModelError if there is none."""
+    count = module.config.get_text_config().num_hidden_layers
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise ModelError(f"{module.config.model_type} has no list of {count} layers; it cannot be quantised layer by layer")
+    return lists[0]
+
+
+class _Writer:
+    def __init__(
+        self, module: PreTrainedModel, layers: nn.ModuleList, checkpoint: Checkpoint, output: Path, recipe: Recipe,
+        device: torch.device, on_layer: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        self.module, self.layers, self.checkpoint, self.output = module, layers, checkpoint, output
+        self.recipe, self.device, self.on_layer = recipe, device, on_layer
+        self.prefix = path_of(module, layers)
+        self.packed = {
+            f"{self.prefix}.{i}.{path}" for i, layer in enumerate(layers)
+            for path, m in layer.named_modules() if isinstance(m, nn.Linear)
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def work(self, windows: Tensor | None) -> None:
+        """Writes every layer's file."""
+        real = list(self.layers)
+        if self.recipe.method == "rtn" or windows is None:
+            for index in range(len(real)):
+                self.step(index, real[index], [])
+                real[index].to("meta")
+            return
+        for owner in self.module.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    owner._buffers[name] = buffer.to(self.device)
+        embedding = self.module.get_input_embeddings()
+        embedding.weight = nn.Parameter(self._read(f"{path_of(self.module, embedding)}.weight"), requires_grad=False)
+        for index, layer in enumerate(real):
+            self.layers[index] = _Step(index, layer, self)
+        try:
+            self.module.base_model(input_ids=windows.to(self.device), use_cache=False)
+        except _Done:
+            pass
+        finally:
+            for index, layer in enumerate(real):
+                self.layers[index] = layer
+
+    def step(self, index: int, layer: nn.Module, runs: list[Run]) -> None:
+        """Leaves the layer as four bits make it, its file written."""
+        path = self.output / self.file(index)
+        prefix = f"{self.prefix}.{index}."
+        names = {name: f"{prefix}{name}" for name, _ in layer.named_parameters()}
+        names |= {name: f"{prefix}{name}" for name in layer.state_dict() if f"{prefix}{name}" in self.checkpoint.shapes}
+        if path.exists():
+            tensors = load_file(path)
+            for name, full in names.items():
+                linear = full.removesuffix(".weight")
+                value = expanded(linear, tensors, self.recipe.group_size) if linear in self.packed else tensors[full].float()
+                _put(layer, name, value.to(self.device))
+        else:
+            for name, full in names.items():
+                _put(layer, name, self._read(full))
+            dtype = DTYPES[self.checkpoint.dtypes[next(iter(names.values()))]]
+            try:
+                made = quantize_layer(layer, runs, self.recipe, dtype)
+            except ValueError as error:
+                raise ModelError(f"{prefix[:-1]} cannot be quantised: {error}; try another --group-size") from error
+            tensors = {}
+            for name, full in names.items():
+                stored, linear = DTYPES[self.checkpoint.dtypes[full]], name.removesuffix(".weight")
+                if linear in made:
+                    tensors |= packed_tensors(f"{prefix}{linear}", made[linear], self.recipe.symmetric, stored)
+                else:
+                    tensors[full] = layer.get_parameter(name).data.to(stored).cpu().contiguous()
+            _save(tensors, path)
+        self.on_layer(index + 1, len(self.layers))
+
+    def finish(self) -> None:
+        """Writes what is outside of layers as it was, and then the files that say what is where."""
+        prefix = f"{self.prefix}."
+        rest = {name: self.checkpoint.read(name) for name in self.checkpoint.shapes if not name.startswith(prefix)}
+        _save(rest, self.output / self.file(len(self.layers)))
+        files = [self.output / self.file(index) for index in range(len(self.layers) + 1)]
+        where = {name: file.name for file in files for name in _names(file)}
+        for file in self.checkpoint.directory.iterdir():
+            if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in (INDEX, "config.json"):
+                shutil.copyfile(file, self.output / file.name)
+        kept = [path for path, m in self.module.named_modules() if isinstance(m, nn.Linear) and path not in self.packed]
+        about = description(self.recipe.group_size, self.recipe.symmetric, kept)
+        config = read_json(self.checkpoint.directory, "config.json") | {"quantization_config": about}
+        _write(self.output / "config.json", config)
+        size = sum(file.stat().st_size for file in files)
+        _write(self.output / INDEX, {"metadata": {"total_size": size}, "weight_map": where})  # last: now it is whole
+
+    def file(self, index: int) -> str:
+        return f"model-{index + 1:05}-of-{len(self.layers) + 1:05}.safetensors"
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).to(self.device, torch.float32, copy=True)
+
+
+class _Done(Exception):
+    """The last layer is written; what comes after it needn't run."""
+
+
+class _Step(nn.Module):
+    """Stands in a layer's place for the one pass over calibration."""
+
+    def __init__(self, index: int, layer: nn.Module, writer: _Writer) -> None:
+        super().__init__()
+        self._index, self._writer = index, writer
+        self._held = [layer]  # in a list, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of a layer besides calling it, such as its kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_held"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer, count = self._held[0], len(hidden)
+
+        def run(row: int) -> Tensor:
+            out = layer(hidden[row : row + 1], *_of_row(args, row, count), **_of_row(kwargs, row, count))
+            return out[0] if isinstance(out, tuple) else out
+
+        self._writer.step(self._index, layer, [partial(run, row) for row in range(count)])
+        if self._index + 1 == len(self._writer.layers):
+            raise _Done
+        out = torch.cat([run(row) for row in range(count)])
+        layer.to("meta")
+        return out
+
+
+def _of_row(value: Any, row: int, count: int) -> Any:
+    """Arguments that are one for each window, cut down to this one's."""
+    if isinstance(value, Tensor):
+        return value[row : row + 1] if count > 1 and value.dim() and len(value) == count else value
+    if isinstance(value, dict):
+        return {name: _of_row(item, row, count) for name, item in value.items()}
+    return type(value)(_of_row(item, row, count) for item in value) if type(value) in (tuple, list) else value
+
+
+def _put(layer: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, last = name.rpartition(".")
+    owner = layer.get_submodule(parent)
+    if last in owner._parameters:
+        owner._parameters[last] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[last] = value
+
+
+def _mark(output: Path, recipe: Recipe, digest: str, windows: Tensor | None) -> None:
+    """Refuses to go on with what another recipe, model or calibration began."""
+    calibration = None if windows is None else hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16]
+    mark = {"recipe": asdict(recipe), "model": digest, "calibration": calibration}
+    found = read_json(output, MARK)
+    if found and found != mark:
+        raise ModelError(f"{output} holds what another recipe, model or calibration made; give another --output")
+    if not found and any(output.glob("*.safetensors")):
+        raise ModelError(f"{output} holds a model already; give another --output")
+    _write(output / MARK, mark)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.touch()  # with the mode that the user's mask gives; safetensors' own would be for them alone
+    mode = draft.stat().st_mode
+    save_file(tensors, draft, metadata={"format": "pt"})
+    draft.chmod(mode)
+    os.replace(draft, path)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(draft, path)
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
