@@ -16,3 +16,9 @@ def seed() -> int:
     value = int(os.environ.get("QUASAR_SEED") or secrets.randbits(31))
     print(f"QUASAR_SEED={value}")
     return value
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded models keep transformers' layers, whose linears can be found by their paths."""
+    monkeypatch.setattr("runtime.model.fuse", lambda *arguments: None)

@@ -24,6 +24,8 @@ from runtime.quantize.layer import METHODS, Recipe, collect, survey
 from runtime.quantize.stream import quantize_model
 from runtime.skeleton import build_config
 
+pytestmark = pytest.mark.usefixtures("unfused")
+
 WIDE = {"intermediate_size": 256}
 
 

@@ -16,6 +16,8 @@ from runtime.linear import ColumnParallel, Dense, Int4, Product, Reordered, RowP
 from runtime.model import load_model
 from runtime.quantize import stored
 
+pytestmark = pytest.mark.usefixtures("unfused")
+
 WIDE = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "intermediate_size": 384}
 KINDS = [
     ("pack-quantized", True, False),
@@ -57,8 +59,8 @@ def held(config: object, comm: Communicator) -> dict[str, Tensor]:
         if isinstance(module, RowParallel):
             found[path] = values(module.product)
         elif isinstance(module, ColumnParallel) and "layers" in path:
-            widths = module.siblings._widths
-            found[path] = values(module.siblings.product).split(widths)[module._index]
+            widths = module.siblings.widths
+            found[path] = values(module.siblings.product).split(widths)[module.index]
     return found
 
 
