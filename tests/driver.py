@@ -71,17 +71,21 @@ def start(config: RunConfig, size: int) -> list[tuple[Rank, Mailbox, Hello]]:
     group = tuple(range(size))
     threads = Threads(size)
 
+    def connect(config: RunConfig, place: Place, device: torch.device) -> Communicator:
+        return Solo() if size == 1 else ThreadRank(threads, place.rank)
+
     def one(number: int) -> tuple[Rank, Mailbox, Hello]:
-        comm = Solo() if size == 1 else ThreadRank(threads, number)
-        with mock.patch("workers.build.connect", return_value=comm):
-            engine, hello = build(config, Place(number, 0, [group], number, size, True, "test"))
+        engine, hello = build(config, Place(number, 0, [group], number, size, True, "test"))
         mailbox = Mailbox()
         return Rank(number, number == 0, config.coordination.merge, engine, cast(Client, mailbox)), mailbox, hello
 
-    if size == 1:
-        with mock.patch("workers.build.load_model", load_once):
-            return [one(0)]
-    return [one(number) for number in group]
+    load = load_once if size == 1 else load_model
+    with (
+        mock.patch("workers.build.connect", connect),
+        mock.patch("workers.build.load_model", load),
+        ThreadPoolExecutor(size) as pool,  # while they load, ranks try their layers together
+    ):
+        return list(pool.map(one, group))
 
 
 def carry_out_together(ranks: list[Rank], plan: Plan) -> None:

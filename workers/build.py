@@ -66,9 +66,12 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     if config.engine.threads is not None or device.type == "cpu":
         torch.set_num_threads(config.engine.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
     clock = Clock()
-    comm = Metered(connect(config, place, device), clock)
+    connected = connect(config, place, device)
+    comm = Metered(connected, clock)
     model = load_model(config.model, comm, device)
     longest = min(config.engine.max_model_len or model.max_model_len, model.max_model_len)
+    if isinstance(connected, SharedMemory):
+        connected.timeout = config.coordination.timeout  # from here on a collective takes a forward at the longest
     replica = load_replica(config, model, device)
     num_blocks = size_cache(config, place, device, longest, [model] if replica is None else [model, replica])
     block_size = config.engine.block_size
@@ -127,15 +130,12 @@ def choose_device(wanted: str, place: Place) -> torch.device:
 def connect(config: RunConfig, place: Place, device: torch.device) -> Communicator:
     """How this rank talks to its group: memory on one host, NCCL between GPUs, gloo between hosts."""
     members, rank = place.members, place.members.index(place.rank)
-    # Ranks may come minutes apart; once all are there, a collective takes as long as a forward at most.
-    patience, timeout = config.coordination.startup_timeout, config.coordination.timeout
+    patience = config.coordination.startup_timeout  # ranks may load their models minutes apart, and try them together
     if len(members) == 1:
         return Solo()
     if device.type == "cpu" and place.one_host:
         try:
-            memory = SharedMemory(f"{place.job}-{place.group}", rank, len(members), patience)
-            memory.timeout = timeout
-            return memory
+            return SharedMemory(f"{place.job}-{place.group}", rank, len(members), patience)
         except BuildError as error:
             log.warning("falling back to gloo between the ranks of this host, which is many times slower: %s", error)
     if device.type == "cpu" and (interface := interface_to(os.environ.get("MASTER_ADDR", ""))):
@@ -148,7 +148,7 @@ def connect(config: RunConfig, place: Place, device: torch.device) -> Communicat
         world_size=sum(map(len, place.groups)),
         timeout=timedelta(seconds=patience),
     )
-    made = [dist.new_group(list(ranks), timeout=timedelta(seconds=timeout)) for ranks in place.groups]
+    made = [dist.new_group(list(ranks), timeout=timedelta(seconds=patience)) for ranks in place.groups]
     return TorchGroup(made[place.group])
 
 
