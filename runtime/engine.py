@@ -69,7 +69,7 @@ class Engine:
                 table[row, : len(tokens)] = tokens
         if self._comm.size > 1 and len(drafted):
             with self.clock.part("exchange"):
-                tables = self._comm.all_gather(torch.from_numpy(table)).numpy()
+                tables = self._gather(table)
                 table = tables[owners, np.arange(len(drafted))]
         chosen = iter(table)
         rows = [next(chosen) if work.num_drafts > 0 else np.zeros(0, np.int32) for work in works]
@@ -107,12 +107,17 @@ class Engine:
 
     def agree(self, round_: Round, choice: Choice) -> Decision:
         """Exchanges the pairs within the group and decides, the same on every rank."""
-        pairs = torch.from_numpy(np.stack([choice.scores.view(np.int32), choice.ids]))
+        pairs = np.stack([choice.scores.view(np.int32), choice.ids])
         with self.clock.part("exchange"):
-            gathered = self._comm.all_gather(pairs).numpy()
+            gathered = self._gather(pairs)
         with self.clock.part("decide"):
             targets = merge(gathered[:, 0].view(np.float32), gathered[:, 1])
             return decide(round_.slots, round_.decides, round_.num_drafts, round_.drafts, targets)
+
+    def _gather(self, mine: Ints) -> Ints:
+        """Every rank's array, [ranks, ...], by way of the device that the ranks exchange from."""
+        gathered: Ints = self._comm.all_gather(torch.from_numpy(mine).to(self._cache.device)).cpu().numpy()
+        return gathered
 
     def apply(self, round_: Round, decision: Decision) -> None:
         """Commits what was decided; drafts that did not stand are rolled back by not being counted as computed."""
