@@ -1,5 +1,6 @@
 """The cache and paged attention: against brute force in float64, and a row has the same bits in any company."""
 
+import importlib
 import math
 import os
 import random
@@ -193,3 +194,11 @@ def test_the_reference_steps_in_with_one_clear_warning(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "runtime.kernels.reference", done.stderr
     assert done.stderr.count("falling back") == 1 and "apt-get install g++" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["cpu", "gpu"])
+def test_every_module_has_every_operation(module: str) -> None:
+    if module == "gpu":
+        pytest.importorskip("triton")
+    kernels = importlib.import_module(f"runtime.kernels.{module}")
+    assert not [name for name in reference.__all__ if not callable(getattr(kernels, name, None))]
