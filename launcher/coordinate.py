@@ -73,7 +73,7 @@ class Job:
         defaults: Defaults,
     ) -> None:
         self.config, self.input, self.journal, self.machine = config, input_, journal, machine
-        self.tokenizer, self.defaults = tokenizer, defaults
+        self.tokenizer, self.vocabulary, self.defaults = tokenizer, Vocabulary(tokenizer), defaults
         self.output_tokens = self.prompt_tokens = 0
         self.started: float | None = None
         self.progress = Progress(len(input_), journal.resumed)
@@ -122,7 +122,7 @@ class Job:
         if self._writer is None:
             target = Path(self.config.model.target)
             ranks = {hello.fingerprint for hello in self.machine.hellos.values()}
-            self._writer = Writer(target.name, system_fingerprint(target, ranks, self.defaults), Vocabulary(self.tokenizer))
+            self._writer = Writer(target.name, system_fingerprint(target, ranks, self.defaults), self.vocabulary)
         return self._writer
 
     def summary(self) -> Summary:
@@ -174,14 +174,13 @@ def prepare(config: RunConfig, machine: Coordinator) -> Job:
     """Checks input and output before any work. Raises InputError, JournalError, TokenizerError, DefaultsError."""
     if config.files.input is None or config.files.output is None:
         raise InputError("no input or no output: give --input and --output, or files.input and files.output")
-    tokens = scan(config.files.input)
+    requests = scan(config.files.input)
     Path(config.files.output).parent.mkdir(parents=True, exist_ok=True)
     defaults = read_defaults(config.model.target, config.sampling.defaults)
-    journal = Journal.open(config.files.output, tokens, fingerprint(config, defaults))
-    tokenizer = load_tokenizer(config.model.target)
-    vocabulary = Vocabulary(tokenizer)
-    machine.decode, machine.decode_special = vocabulary.decode, vocabulary.decode_special
-    return Job(config, tokens, journal, machine, tokenizer, defaults)
+    journal = Journal.open(config.files.output, requests, fingerprint(config, defaults))
+    job = Job(config, requests, journal, machine, load_tokenizer(config.model.target), defaults)
+    machine.decode, machine.decode_special = job.vocabulary.decode, job.vocabulary.decode_special
+    return job
 
 
 def finish(config: RunConfig, job: Job) -> int:
