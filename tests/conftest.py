@@ -2,6 +2,9 @@
 
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
@@ -22,3 +25,31 @@ def seed() -> int:
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded models keep transformers' layers, whose linears can be found by their paths."""
     monkeypatch.setattr("runtime.model.fuse", lambda *arguments: None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of small tensors, while other tests want the cores too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """The kernels in plain torch, and those for a CPU."""
+    import torch
+
+    from runtime import kernels
+    from runtime.kernels import reference
+
+    if request.param == "reference":
+        return reference
+    chosen = kernels.select(torch.device("cpu"))
+    if chosen is reference:
+        assert shutil.which(os.environ.get("CXX", "c++")) is None, "there is a compiler, and yet nothing was built"
+        pytest.skip("the C++ kernels can't be built here")
+    return chosen

@@ -4,7 +4,6 @@ import importlib
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,23 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime import kernels
 from runtime.kernels import reference
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def module(request: pytest.FixtureRequest) -> ModuleType:
-    if request.param == "reference":
-        return reference
-    chosen = kernels.select(CPU)
-    if chosen is reference:
-        assert shutil.which(os.environ.get("CXX", "c++")) is None, "there is a compiler, and yet nothing was built"
-        pytest.skip("the C++ kernels can't be built here")
-    return chosen
 
 
 class Case:

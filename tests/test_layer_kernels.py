@@ -1,9 +1,7 @@
 """Norms, rotary writes and gated activations: against float64, against each other, and each row by itself."""
 
 import math
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -12,22 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from runtime import kernels
-from runtime.kernels import reference
-
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def module(request: pytest.FixtureRequest) -> ModuleType:
-    if request.param == "reference":
-        return reference
-    chosen = kernels.select(CPU)
-    if chosen is reference:
-        assert shutil.which(os.environ.get("CXX", "c++")) is None, "there is a compiler, and yet nothing was built"
-        pytest.skip("the C++ kernels can't be built here")
-    return chosen
 
 
 @pytest.fixture(autouse=True, params=[1, 2])

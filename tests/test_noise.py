@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from runtime.noise import LARGEST, SMALLEST, SPREAD, gumbel, philox
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MASK = 0xFFFFFFFF
 FALSE_ALARM = 1e-4  # of each statistical test, whose seeds are fresh
@@ -25,15 +26,6 @@ VECTORS = [  # counter, key, result: the known answers that come with Random123
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are small, and other tests want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def words(*values: int) -> tuple[Tensor, ...]:

@@ -24,17 +24,9 @@ from runtime.quantize.layer import METHODS, Recipe, collect, survey
 from runtime.quantize.stream import quantize_model
 from runtime.skeleton import build_config
 
-pytestmark = pytest.mark.usefixtures("unfused")
+pytestmark = pytest.mark.usefixtures("unfused", "one_thread")
 
 WIDE = {"intermediate_size": 256}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def correlated(inputs: int, rows: int = 600) -> Tensor:

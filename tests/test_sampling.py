@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from types import ModuleType
 
@@ -17,19 +16,12 @@ from runtime.noise import gumbel
 from runtime.sampling import local_best
 from runtime.verify import NotANumber, merge
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FALSE_ALARM = 1e-4  # of each statistical test, whose seeds are fresh
 KERNELS = [pytest.param(reference, id="reference"), pytest.param(select(torch.device("cpu")), id="cpu")]
 SHARDS = [[1.0], [0.5, 0.5], [0.1, 0.6, 0.3]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are small, and other tests want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokens_of(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, shards: list[float]) -> np.ndarray:

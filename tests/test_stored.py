@@ -16,7 +16,7 @@ from runtime.linear import ColumnParallel, Dense, Int4, Product, Reordered, RowP
 from runtime.model import load_model
 from runtime.quantize import stored
 
-pytestmark = pytest.mark.usefixtures("unfused")
+pytestmark = pytest.mark.usefixtures("unfused", "one_thread")
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "intermediate_size": 384}
 KINDS = [
@@ -31,14 +31,6 @@ KINDS = [
     ("gptq_v2", False, True),
     ("awq", False, False),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def values(product: Product) -> Tensor:
