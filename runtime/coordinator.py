@@ -13,12 +13,13 @@ import numpy as np
 
 from configs import exits
 from runtime.blocks import BlockPool
-from runtime.detokenizer import Decode, Stopped, StopWatch, whole_text
+from runtime.detokenizer import Decode, Stopped, StopWatch
 from runtime.group import Group, Limits
 from runtime.logprobs import Logprobs
 from runtime.messages import Failure, Farewell, Hello, Message, Report, Stop, Verdict
-from runtime.request import Completion, Request, SpeculationStats, TokenLogprob
+from runtime.request import Completion, Request, SpeculationStats
 from runtime.sequence import Sampling, Sequence
+from runtime.track import Track
 from runtime.verify import Decision, NotANumber, decide, merge
 
 
@@ -69,29 +70,6 @@ class Refused:
 
 
 Action = Send | Finished | Refused
-
-
-@dataclass(slots=True)
-class Track:
-    """What the coordinator alone knows of a sequence."""
-
-    request: Request
-    stats: SpeculationStats
-    decode: Decode
-    watch: StopWatch
-    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; a later one is written over an earlier
-
-    def output_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob, ...] | None:
-        """Of every output token, where the request asks for them."""
-        if self.request.params.logprobs is None:
-            return None
-        return tuple(self.logprobs[position] for position in range(sequence.num_prompt, sequence.num_committed))
-
-    def prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
-        """Of every prompt token, where the request asks for them; nothing foretells the first."""
-        if self.request.params.prompt_logprobs is None:
-            return None
-        return (None, *(self.logprobs[position] for position in range(1, sequence.num_prompt)))
 
 
 @dataclass(slots=True)
@@ -172,14 +150,14 @@ class Coordinator:
             return [Refused(request.index, f"the prompt has a token outside of the vocabulary of {facts.vocab_size}")]
         if not all(group.can_ever_hold(limit) for group in self._ready.values()):
             return [Refused(request.index, f"{limit} tokens do not fit into the KV cache; raise engine.kv_cache_memory")]
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(facts.end_tokens))
+        own_ends = frozenset() if params.ignore_eos else frozenset(facts.end_tokens)
         sequence = Sequence(
             index=request.index,
             slot=-1,
             tokens=list(request.prompt),
             num_prompt=len(request.prompt),
             limit=limit,
-            ends=ends,
+            ends=frozenset(params.stop_token_ids) | own_ends,
             sampling=Sampling.of(params),
             copy=request.copy,
             borrows=params.prompt_logprobs is None,
@@ -187,7 +165,7 @@ class Coordinator:
         self._waiting.append(sequence)
         decode = self.decode if params.skip_special_tokens else self.decode_special or self.decode
         watch = StopWatch(decode, params.stop, params.include_stop_str_in_output, params.min_tokens)
-        self._tracks[sequence.name] = Track(request, SpeculationStats(), decode, watch)
+        self._tracks[sequence.name] = Track(request, SpeculationStats(), decode, watch, own_ends)
         return []
 
     def _hello(self, hello: Hello) -> list[Action]:
@@ -235,9 +213,7 @@ class Coordinator:
         group.decision = decision
         return self._commit(group, first.plan, decision, first.logprobs, last=True)
 
-    def _commit(
-        self, group: Group, number: int, decision: Decision, logprobs: Logprobs | None, last: bool
-    ) -> list[Action]:
+    def _commit(self, group: Group, number: int, decision: Decision, logprobs: Logprobs | None, last: bool) -> list[Action]:
         """Applies a round's decision to the sequences that its plan was made for."""
         plan = group.under_way[0] if group.under_way else None
         if plan is None or plan.number != number:
@@ -277,34 +253,7 @@ class Coordinator:
             return []
         group.retire(sequence, heirs=any(other.index == sequence.index for other in self._waiting))
         del self._tracks[sequence.name]
-        return [Finished(self._completion(sequence, track, stopped))]
-
-    def _completion(self, sequence: Sequence, track: Track, stopped: Stopped | None) -> Completion:
-        """What a sequence that has ended came to. `stopped`: by which stop string, if it was one."""
-        params, output = track.request.params, sequence.output
-        reason: str | int | None = None
-        if stopped is not None:
-            text, reason = stopped
-        else:
-            ended = output[-1] in sequence.ends
-            shown = output[:-1] if ended and not params.include_stop_str_in_output else output
-            text = whole_text(track.decode, shown)
-            own = frozenset() if params.ignore_eos else frozenset(next(iter(self.hellos.values())).end_tokens)
-            if ended and output[-1] in params.stop_token_ids and output[-1] not in own:
-                reason = output[-1]
-        assert sequence.finish_reason is not None
-        return Completion(
-            index=sequence.index,
-            num_prompt_tokens=sequence.num_prompt,
-            tokens=tuple(output),
-            text=text,
-            finish_reason=sequence.finish_reason,
-            stats=track.stats,
-            copy=sequence.copy,
-            stop_reason=reason,
-            logprobs=track.output_logprobs(sequence),
-            prompt_logprobs=track.prompt_logprobs(sequence),
-        )
+        return [Finished(track.completion(sequence, stopped))]
 
     def _plans(self) -> list[Action]:
         """New plans for the groups that can use one, or the end of the job."""

@@ -85,7 +85,7 @@ class Verdict:
 
     slots, decides, num_drafts: int32 [S]; drafts: int32 [sum of num_drafts]; scores float32 and ids int32 [R], where a
     sequence that decides has `num_drafts + 1` rows. `logprobs` comes from the group's first rank alone, of all rows that
-    ask: those of drafts that will not stand are written over when their position is decided.
+    ask: those of drafts that will not stand are written over when their position is decided. seconds: what the round took.
     """
 
     rank: int
@@ -97,6 +97,7 @@ class Verdict:
     scores: Floats
     ids: Ints
     logprobs: Logprobs | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +105,8 @@ class Report:
     """Rank -> coordinator under merge: group: what the group decided in a round, or only that it did the same.
 
     `digest` covers all rounds up to this one. `decision` and `logprobs` (as in a verdict) come from the group's first rank
-    alone. `last` ends the plan, which may come before its rounds are used up when no sequence has work left.
+    alone. `last` ends the plan, which may come before its rounds are used up when no sequence has work left. seconds: what
+    the round took.
     """
 
     rank: int
@@ -113,6 +115,7 @@ class Report:
     last: bool
     decision: Decision | None
     logprobs: Logprobs | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,10 +83,10 @@ def some_message(kind: str, rng: random.Random) -> Message:
         ),
         "Verdict": lambda: Verdict(
             number(), number(), *(some_ints(rng, rng.choice([0, 1, 5])) for _ in range(4)),
-            some_floats(rng), some_ints(rng, 2), some_logprobs(rng),
+            some_floats(rng), some_ints(rng, 2), some_logprobs(rng), rng.random(),
         ),
         "Report": lambda: Report(
-            number(), number(), rng.randbytes(8), rng.random() < 0.5, some_decision(rng), some_logprobs(rng)
+            number(), number(), rng.randbytes(8), rng.random() < 0.5, some_decision(rng), some_logprobs(rng), rng.random()
         ),
         "Alive": lambda: Alive(rng.choice([-1, number()])),
         "Failure": lambda: Failure(number(), number(), text),
@@ -136,12 +136,12 @@ def test_strided_arrays_are_written_in_order() -> None:
 
 NONE = {"array": "<i4", "length": 0}
 NO_SCORES = {"array": "<f4", "length": 0}
-VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE, None]
+VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE, None, 0.5]
 HELLO = [0, 0, "", 1, 1, 1, [2], ""]
 SAMPLING = {"part": "Sampling", "fields": [0.5, 0, 0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, {3: 1.5}, None, [[1, 2]], None, 0]}
 ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], SAMPLING, 0, 0]}
 PLAN = [1, 1, None, [], [ADMISSION], {0: [1]}]
-REPORT = [0, 1, b"", True, None, None]
+REPORT = [0, 1, b"", True, None, None, 0.5]
 
 
 def frames_of(kind: Any, values: Any, arrays: int = 0, version: Any = VERSION) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,7 @@ class Rank:
     def _decide(self, plan: Plan) -> None:
         """Runs the plan's rounds within the group; the coordinator hears of each while the next is under way."""
         for left in reversed(range(plan.rounds)):
+            start = time.perf_counter()
             round_ = self.engine.draft()
             choice = self.engine.verify(round_)
             decision = self.engine.agree(round_, choice)
@@ -69,13 +71,15 @@ class Rank:
             self._digest = decision.digest(self._digest)
             last = left == 0 or not round_.works
             self._rounds += len(round_.works) > 0
+            seconds = time.perf_counter() - start
             with self.engine.clock.part("coordinate"):
-                told = (decision, choice.logprobs) if self.leads else (None, None)
-                self.client.send(Report(self.rank, plan.number, self._digest, last, *told))
+                told, logprobs = (decision, choice.logprobs) if self.leads else (None, None)
+                self.client.send(Report(self.rank, plan.number, self._digest, last, told, logprobs, seconds))
             if last:
                 return
 
     def _vote(self, plan: Plan) -> None:
+        start = time.perf_counter()
         round_ = self._undecided = self.engine.draft()
         choice = self.engine.verify(round_)
         self._rounds += len(round_.works) > 0
@@ -89,6 +93,7 @@ class Rank:
             scores=choice.scores,
             ids=choice.ids,
             logprobs=choice.logprobs if self.leads else None,
+            seconds=time.perf_counter() - start,
         )
         with self.engine.clock.part("coordinate"):
             self.client.send(verdict)
