@@ -149,9 +149,9 @@ class Trial:
     def _run(self, layer: nn.Module, x: Tensor, kernels: Any) -> Tensor:
         assert self.rotary is not None
         out = layer(
-            x[None], attention_mask=None, position_ids=self.batch.positions[None], past_key_values=None, use_cache=False,
+            x[None], attention_mask=None, position_ids=self.batch.positions[None], use_cache=False,
             position_embeddings=self.rotary(x[None], self.batch.positions[None]),
-            batch=self.batch, cache=self.cache, kernels=kernels,
+            batch=self.batch, paged=self.cache, kernels=kernels,
         )  # fmt: skip
         if not isinstance(out, Tensor):
             raise TypeError("a layer gives its hidden states and nothing else")
@@ -195,7 +195,7 @@ class Trial:
         try:
             out = self.model(
                 self.batch.tokens[None], position_ids=self.batch.positions[None], use_cache=False,
-                logits_to_keep=self.batch.logits_at, batch=self.batch, cache=self.cache, kernels=self.kernels,
+                logits_to_keep=self.batch.logits_at, batch=self.batch, paged=self.cache, kernels=self.kernels,
             )  # fmt: skip
         finally:
             for hook in hooks:

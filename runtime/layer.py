@@ -84,12 +84,12 @@ class FusedLayer(nn.Module):
         self._kernels = kernels
 
     def forward(
-        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], batch: Batch, cache: KVCache,
+        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], batch: Batch, paged: KVCache,
         **__: Any,
     ) -> Tensor:  # fmt: skip
         """[1, T, W] -> [1, T, W], as transformers' loop calls a layer."""
         cos, sin = position_embeddings
-        x, update = self.step(hidden_states[0], None, cos[0], sin[0], batch, cache)
+        x, update = self.step(hidden_states[0], None, cos[0], sin[0], batch, paged)
         return (x + update)[None]
 
     def step(

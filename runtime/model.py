@@ -65,7 +65,7 @@ class Model:
             use_cache=False,
             logits_to_keep=batch.logits_at,
             batch=batch,
-            cache=cache,
+            paged=cache,
             kernels=self.kernels,
         )
         logits: Tensor = output.logits[0]
@@ -74,13 +74,16 @@ class Model:
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float | None = None, batch: Batch, cache: KVCache, kernels: ModuleType, sliding_window: int | None = None,
+    scaling: float | None = None, batch: Batch, paged: KVCache, kernels: ModuleType, sliding_window: int | None = None,
     softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function over our cache: query [1, H, T, D], key and value [1, KV, T, D] -> [1, T, H, D]."""
+    """transformers' attention function over our cache: query [1, H, T, D], key and value [1, KV, T, D] -> [1, T, H, D].
+
+    Arguments of our own reach it through every layer; `paged` is the cache, as `cache` is a name of transformers'.
+    """
     if attention_mask is not None or not getattr(module, "is_causal", True):
         raise ModelError(f"{type(module).__name__} asks for another mask than the causal one; it cannot run here")
-    keys, values = cache.keys[module.layer_idx], cache.values[module.layer_idx]  # type: ignore[index]
+    keys, values = paged.keys[module.layer_idx], paged.values[module.layer_idx]  # type: ignore[index]
     kernels.write_cache(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slots)
     out = kernels.paged_attention(
         query[0].transpose(0, 1), keys, values, batch.tables, batch.rows, batch.reach,
