@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -58,31 +59,22 @@ class Engine:
         self._drafter.release(self.sequences.pop(slot))
 
     def draft(self) -> Round:
-        """Schedules the next round and drafts for it; the owner of a slot drafts, one exchange tells everybody."""
+        """Schedules the next round and drafts for it."""
         works = schedule(self.sequences.values(), self._budget, self._width, self._cache.block_size)
-        drafted = [work for work in works if work.num_drafts > 0]
-        table = np.full((len(drafted), self._width), -1, np.int32)
-        owners = np.array([work.sequence.slot % self._comm.size for work in drafted], np.int64)
         with self.clock.part("draft"):
-            mine = np.flatnonzero(owners == self._comm.rank).tolist()
-            for row, tokens in zip(mine, self._drafter.propose([drafted[row] for row in mine]), strict=True):
-                table[row, : len(tokens)] = tokens
-        if self._comm.size > 1 and len(drafted):
-            with self.clock.part("exchange"):
-                tables = self._gather(table)
-                table = tables[owners, np.arange(len(drafted))]
-        chosen = iter(table)
-        rows = [next(chosen) if work.num_drafts > 0 else np.zeros(0, np.int32) for work in works]
-        # A draft ends at the first id the target has no embedding for; -1 marks its own end.
-        known = [(row >= 0) & (row < self._model.vocab_size) for row in rows]
-        drafts = [row[: int(np.argmin(ok)) if not ok.all() else len(row)] for row, ok in zip(rows, known, strict=True)]
+            proposed = iter(self._drafter.propose([work for work in works if work.num_drafts > 0]))
+        drafts = [self._known(next(proposed)) if work.num_drafts > 0 else [] for work in works]
         return Round(
             works,
             np.array([work.sequence.slot for work in works], np.int32),
             np.array([work.decides for work in works], np.bool_),
             np.array([len(draft) for draft in drafts], np.int32),
-            np.concatenate(drafts, dtype=np.int32) if drafts else np.zeros(0, np.int32),
+            np.array([token for draft in drafts for token in draft], np.int32),
         )
+
+    def _known(self, draft: list[int]) -> list[int]:
+        """A draft up to the first id that the target has no embedding for."""
+        return list(takewhile(lambda token: 0 <= token < self._model.vocab_size, draft))
 
     def verify(self, round_: Round) -> Choice:
         """Runs the target over the round's rows, and chooses within this rank's slice of the vocabulary."""
@@ -109,15 +101,10 @@ class Engine:
         """Exchanges the pairs within the group and decides, the same on every rank."""
         pairs = np.stack([choice.scores.view(np.int32), choice.ids])
         with self.clock.part("exchange"):
-            gathered = self._gather(pairs)
+            gathered: Ints = self._comm.all_gather(torch.from_numpy(pairs).to(self._cache.device)).cpu().numpy()
         with self.clock.part("decide"):
             targets = merge(gathered[:, 0].view(np.float32), gathered[:, 1])
             return decide(round_.slots, round_.decides, round_.num_drafts, round_.drafts, targets)
-
-    def _gather(self, mine: Ints) -> Ints:
-        """Every rank's array, [ranks, ...], by way of the device that the ranks exchange from."""
-        gathered: Ints = self._comm.all_gather(torch.from_numpy(mine).to(self._cache.device)).cpu().numpy()
-        return gathered
 
     def apply(self, round_: Round, decision: Decision) -> None:
         """Commits what was decided; drafts that did not stand are rolled back by not being counted as computed."""

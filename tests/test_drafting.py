@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
+from runtime.comm import Communicator
 from runtime.drafting.drafter import NgramDrafter, NoDrafter, SuffixDrafter
 from runtime.drafting.match import CANDIDATES, MatchIndex
+from runtime.drafting.shared import END, Shared
 from runtime.scheduler import Work
 from runtime.sequence import Sampling, Sequence
+from tests.tiny_models import on_ranks
 
 
 def sequence(tokens: list[int], slot: int = 0) -> Sequence:
@@ -139,3 +143,29 @@ def test_memory_is_bounded_by_two_generations() -> None:
     assert drafter.propose([work([9999, 0, 1], 1)]) == [[]], "the oldest is forgotten"
     previous = list(range(582, 588))
     assert drafter.propose([work([9999, *previous[:2]], 1, slot=1)]) == [[584]], "at least `remembered` tokens stay"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_work_and_get_the_same(size: int, seed: int) -> None:
+    rng = random.Random(seed)
+    texts = [[rng.randrange(4) for _ in range(rng.randint(1, 40))] for _ in range(7)]
+    works = [work(text, rng.randint(1, 6), slot) for slot, text in enumerate(texts)]
+    alone = NgramDrafter(1, 4).propose(works)
+    seen: dict[int, set[int]] = {}
+
+    class Watched(NgramDrafter):
+        def __init__(self, rank: int) -> None:
+            super().__init__(1, 4)
+            self.rank = rank
+
+        def propose(self, works: list[Work]) -> list[list[int]]:
+            seen.setdefault(self.rank, set()).update(work.sequence.slot for work in works)
+            return super().propose(works)
+
+    def rank(comm: Communicator) -> list[list[list[int]]]:
+        shared = Shared(Watched(comm.rank), comm, torch.device("cpu"))
+        assert shared.propose([]) == []
+        return [[[token for token in draft if token != END] for draft in shared.propose(some)] for some in (works, works[3:4])]
+
+    assert on_ranks(size, rank) == [[alone, alone[3:4]]] * size
+    assert sorted(slot for slots in seen.values() for slot in slots) == list(range(7)), "each slot has one owner"

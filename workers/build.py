@@ -23,6 +23,7 @@ from runtime.clock import Clock
 from runtime.comm import Communicator, SharedMemory, Solo, TorchGroup
 from runtime.drafting.drafter import Drafter, NgramDrafter, NoDrafter, SuffixDrafter
 from runtime.drafting.model import ModelDrafter
+from runtime.drafting.shared import Shared
 from runtime.engine import Engine
 from runtime.kernels.build import BuildError
 from runtime.kv_cache import KVCache
@@ -76,7 +77,7 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     num_blocks = size_cache(config, place, device, longest, [model] if replica is None else [model, replica])
     block_size = config.engine.block_size
     cache = KVCache(model.cache_shape, num_blocks, block_size, model.dtype, device)
-    drafter = make_drafter(config, replica, num_blocks, device)
+    drafter = make_drafter(config, replica, num_blocks, comm, device)
     engine = Engine(model, cache, comm, drafter, config.engine.max_num_batched_tokens, config.speculation.width, clock)
     settings = config.model_dump_json(exclude={"files"}) + model.digest + (replica.digest if replica else "")
     hello = Hello(
@@ -201,13 +202,18 @@ def size_cache(config: RunConfig, place: Place, device: torch.device, longest: i
     return max(1, min(engine.max_num_seqs * blocks_for(longest, engine.block_size), affordable))
 
 
-def make_drafter(config: RunConfig, replica: Model | None, num_blocks: int, device: torch.device) -> Drafter:
-    """The drafter that `speculation.method` names."""
+def make_drafter(
+    config: RunConfig, replica: Model | None, num_blocks: int, comm: Communicator, device: torch.device
+) -> Drafter:
+    """The drafter that `speculation.method` names, its work shared by the ranks of the group."""
     speculation, engine = config.speculation, config.engine
     shortest, longest = speculation.prompt_lookup_min, speculation.prompt_lookup_max
-    if replica is not None:
-        cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, replica.dtype, device)
-        return ModelDrafter(replica, cache, engine.max_num_batched_tokens)
+    drafter: Drafter
     if speculation.width == 0:
         return NoDrafter()
-    return (SuffixDrafter if speculation.method == "suffix" else NgramDrafter)(shortest, longest)
+    if replica is not None:
+        cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, replica.dtype, device)
+        drafter = ModelDrafter(replica, cache, engine.max_num_batched_tokens)
+    else:
+        drafter = (SuffixDrafter if speculation.method == "suffix" else NgramDrafter)(shortest, longest)
+    return Shared(drafter, comm, device) if comm.size > 1 else drafter

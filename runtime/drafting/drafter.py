@@ -16,7 +16,11 @@ class Drafter(Protocol):
     """Proposes tokens for the sequences it is asked about; whatever it proposes, the output is the same."""
 
     def propose(self, works: list[Work]) -> list[list[int]]:
-        """At most `num_drafts` tokens for each work, to follow its sequence's committed tokens."""
+        """At most `num_drafts` tokens for each work, to follow its sequence's committed tokens.
+
+        All ranks of a group call it with the same works, none of which has no room for drafts. A draft ends at the first
+        id that is no token of the target's.
+        """
 
     def release(self, sequence: Sequence) -> None:
         """The sequence left its slot: finished, or put back to be computed again later."""
