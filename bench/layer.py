@@ -1,6 +1,6 @@
 """`python -m bench.layer`: what a forward pass costs, beside transformers' own of the same shape, in one run.
 
-Random weights of Qwen3-0.6B's shape. A pass of N rows checks the last N tokens of one sequence with `--context` tokens in
+A model of Qwen3-0.6B's shape. A pass of N rows checks the last N tokens of one sequence with `--context` tokens in
 the cache; transformers' bfloat16 model, which has no paged cache, is given the same with its own cache, cropped after
 every pass. Medians of interleaved turns.
 """
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from bench.round import SHAPES, make_model
+from bench.enlarge import SOURCE, enlarge
+from bench.shapes import SHAPES
 from configs.schema import ModelConfig
 from runtime.batch import Batch, Piece
 from runtime.comm import Solo
@@ -119,8 +120,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        make_model(Path(scratch), given.shape)
-        torch.set_default_dtype(torch.float32)
+        enlarge(SOURCE, Path(scratch), SHAPES[given.shape])
         baseline = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16).eval()
         models = {
             name: load_model(ModelConfig(target=scratch, **CONFIGURATIONS[name]), Solo(), "cpu") for name in given.only

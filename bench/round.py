@@ -1,7 +1,7 @@
-"""`python -m bench.round`: where a round's time goes, on a random-weight model of Qwen3-0.6B's shape.
+"""`python -m bench.round`: where a round's time goes, on a model of Qwen3-0.6B's shape.
 
 Whole jobs through launcher, coordinator and ranks, so that nothing is left out: every part is measured by the ranks
-themselves, and "rest" is what of the job's wall time no part accounts for. A model of random weights tells what a round
+themselves, and "rest" is what of the job's wall time no part accounts for. Prompts of random tokens tell what a round
 costs, and nothing about acceptance.
 """
 
@@ -17,33 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.jobs import ROOT, run_job
+from bench.enlarge import SOURCE, enlarge
+from bench.jobs import run_job
+from bench.shapes import SHAPES
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-        "intermediate_size": 512, "vocab_size": 4096, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 OVERHEAD = ("draft", "decide", "exchange", "coordinate", "rest")
-
-
-def make_model(directory: Path, shape: str) -> None:
-    """A Qwen3 model of random bfloat16 weights with the demo's tokenizer beside it."""
-    import shutil
-
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(**SHAPES[shape], max_position_embeddings=2048, dtype="bfloat16")
-    torch.set_default_dtype(torch.bfloat16)
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "configs/demo/target" / name, directory)
 
 
 def write_prompts(path: Path, count: int, length: int, new_tokens: int) -> None:
@@ -88,7 +66,7 @@ def main() -> None:
     print("| ranks | merge | part | ms a round | share |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         model, prompts = Path(scratch) / "model", Path(scratch) / "prompts.jsonl"
-        make_model(model, given.shape)
+        enlarge(SOURCE, model, SHAPES[given.shape])
         write_prompts(prompts, given.batch, 64, given.new_tokens)
         for ranks in given.ranks:
             for merge in ("group", "coordinator"):
