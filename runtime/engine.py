@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -15,7 +16,9 @@ from runtime.clock import Clock
 from runtime.comm import Communicator
 from runtime.drafting.drafter import Drafter
 from runtime.kv_cache import KVCache
+from runtime.logprobs import Logprobs
 from runtime.model import Model
+from runtime.resident import Resident
 from runtime.sampling import Choice, choose
 from runtime.scheduler import Work, schedule
 from runtime.sequence import Sequence
@@ -33,6 +36,15 @@ class Round:
     drafts: Ints
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a round came to; logprobs of the rows that asked. last: no round follows, of those that were wanted."""
+
+    decision: Decision
+    logprobs: Logprobs | None
+    last: bool
+
+
 class Engine:
     """Holds a rank's sequences and runs rounds over them, in step with the other ranks of its group.
 
@@ -41,8 +53,9 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, cache: KVCache, comm: Communicator, drafter: Drafter, budget: int, width: int, clock: Clock
-    ) -> None:
+        self, model: Model, cache: KVCache, comm: Communicator, drafter: Drafter, budget: int, width: int, clock: Clock,
+        resident: Resident | None = None,
+    ) -> None:  # fmt: skip
         self.clock = clock
         self.sequences: dict[int, Sequence] = {}  # by slot, in order of admission
         self._model = model
@@ -51,12 +64,48 @@ class Engine:
         self._drafter = drafter
         self._budget = budget
         self._width = width
+        self._resident = resident
 
     def admit(self, sequence: Sequence) -> None:
         self.sequences[sequence.slot] = sequence
 
     def release(self, slot: int) -> None:
         self._drafter.release(self.sequences.pop(slot))
+
+    def rounds(self, count: int) -> Iterator[Outcome]:
+        """Runs up to `count` rounds within the group; ends early when no sequence has work left. Raises what rounds raise."""
+        while count:
+            if self._resident is not None and self._resident.fits(self.sequences.values()):
+                made = self._on_device(self._resident, min(count, self._resident.ahead))
+            else:
+                made = self._on_host()
+            for decision, logprobs in made:
+                count -= 1
+                last = count == 0 or not len(decision.slots)
+                yield Outcome(decision, logprobs, last)
+                if last:
+                    return
+
+    def _on_host(self) -> Iterator[tuple[Decision, Logprobs | None]]:
+        round_ = self.draft()
+        choice = self.verify(round_)
+        decision = self.agree(round_, choice)
+        self.apply(round_, decision)
+        yield decision, choice.logprobs
+
+    def _on_device(self, resident: Resident, count: int) -> Iterator[tuple[Decision, Logprobs | None]]:
+        with self.clock.part("draft"):
+            resident.begin(self.sequences.values(), count, dict.fromkeys(self.sequences, self._width))
+        with self.clock.part("forward"):
+            for _ in range(count):
+                resident.launch()
+        decisions = resident.decisions()
+        for _ in range(count):
+            with self.clock.part("forward"):
+                decision = next(decisions)
+            for slot, tokens in zip(decision.slots.tolist(), decision.each(), strict=True):
+                self.sequences[slot].commit(tokens)
+            yield decision, None
 
     def draft(self) -> Round:
         """Schedules the next round and drafts for it."""
@@ -108,13 +157,11 @@ class Engine:
 
     def apply(self, round_: Round, decision: Decision) -> None:
         """Commits what was decided; drafts that did not stand are rolled back by not being counted as computed."""
-        offset = 0
-        for work, num_tokens in zip(round_.works, decision.num_tokens.tolist(), strict=True):
-            if num_tokens == 0:
-                work.sequence.num_computed += work.count
+        for work, tokens in zip(round_.works, decision.each(), strict=True):
+            if tokens:
+                work.sequence.commit(tokens)
             else:
-                work.sequence.commit(decision.tokens[offset : offset + num_tokens].tolist())
-                offset += num_tokens
+                work.sequence.num_computed += work.count
 
 
 def check(work: Work, drafts: list[int]) -> Check:

@@ -64,6 +64,11 @@ class Sampling:
         """Whether only some of the likeliest tokens are left to choose from; the best one always is."""
         return self.temperature >= GREEDY_BELOW and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the rule alone decides: nothing is changed, filtered, or asked of the logits."""
+        return not (self.edits or self.filters or self.logprobs is not None or self.prompt_logprobs is not None)
+
 
 @dataclass(slots=True)
 class Sequence:

@@ -5,6 +5,7 @@ Both are host arithmetic on a handful of numbers, the same function whether a gr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -31,6 +32,11 @@ class Decision:
     num_drafts: Ints
     num_tokens: Ints
     tokens: Ints
+
+    def each(self) -> Iterator[list[int]]:
+        """Every sequence's tokens, in order of `slots`."""
+        ends = np.cumsum(self.num_tokens).tolist()
+        return (self.tokens[end - count : end].tolist() for end, count in zip(ends, self.num_tokens.tolist(), strict=True))
 
     def digest(self, before: bytes = b"") -> bytes:
         """Eight bytes that two ranks share only if they decided the same, in this round and all before."""

@@ -23,12 +23,15 @@ from runtime.clock import Clock
 from runtime.comm import Communicator, SharedMemory, Solo, TorchGroup
 from runtime.drafting.drafter import Drafter, NgramDrafter, NoDrafter, SuffixDrafter
 from runtime.drafting.model import ModelDrafter
+from runtime.drafting.resident import Given, Lookup, Proposer, Replica
 from runtime.drafting.shared import Shared
 from runtime.engine import Engine
+from runtime.graphs import Graphs, capture_on
 from runtime.kernels.build import BuildError
 from runtime.kv_cache import KVCache
 from runtime.messages import Hello
 from runtime.model import Model, load_model
+from runtime.resident import Resident
 from workers.memory import free_memory
 from workers.metered import Metered
 
@@ -77,8 +80,15 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     num_blocks = size_cache(config, place, device, longest, [model] if replica is None else [model, replica])
     block_size = config.engine.block_size
     cache = KVCache(model.cache_shape, num_blocks, block_size, model.dtype, device)
-    drafter = make_drafter(config, replica, num_blocks, comm, device)
-    engine = Engine(model, cache, comm, drafter, config.engine.max_num_batched_tokens, config.speculation.width, clock)
+    budget, width = config.engine.max_num_batched_tokens, config.speculation.width
+    own = make_drafter(config, replica, num_blocks, device)
+    drafter = Shared(own, comm, device) if comm.size > 1 and width else own
+    resident: Resident | None = None
+    if lives_on(device):
+        proposer = make_proposer(config, own, drafter, comm, device)
+        graphs = Graphs(capture_on(device))
+        resident = Resident(model, cache, comm, proposer, graphs, config.engine.max_num_seqs, longest, budget)
+    engine = Engine(model, cache, comm, drafter, budget, width, clock, resident)
     settings = config.model_dump_json(exclude={"files"}) + model.digest + (replica.digest if replica else "")
     hello = Hello(
         rank=place.rank,
@@ -202,18 +212,32 @@ def size_cache(config: RunConfig, place: Place, device: torch.device, longest: i
     return max(1, min(engine.max_num_seqs * blocks_for(longest, engine.block_size), affordable))
 
 
-def make_drafter(
-    config: RunConfig, replica: Model | None, num_blocks: int, comm: Communicator, device: torch.device
-) -> Drafter:
-    """The drafter that `speculation.method` names, its work shared by the ranks of the group."""
+def make_drafter(config: RunConfig, replica: Model | None, num_blocks: int, device: torch.device) -> Drafter:
+    """The drafter that `speculation.method` names."""
     speculation, engine = config.speculation, config.engine
     shortest, longest = speculation.prompt_lookup_min, speculation.prompt_lookup_max
-    drafter: Drafter
     if speculation.width == 0:
         return NoDrafter()
     if replica is not None:
         cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, replica.dtype, device)
-        drafter = ModelDrafter(replica, cache, engine.max_num_batched_tokens)
-    else:
-        drafter = (SuffixDrafter if speculation.method == "suffix" else NgramDrafter)(shortest, longest)
-    return Shared(drafter, comm, device) if comm.size > 1 else drafter
+        return ModelDrafter(replica, cache, engine.max_num_batched_tokens)
+    return (SuffixDrafter if speculation.method == "suffix" else NgramDrafter)(shortest, longest)
+
+
+def lives_on(device: torch.device) -> bool:
+    """Whether rounds live on the device: where a launch costs more than a few rows of padding do."""
+    return device.type == "cuda"
+
+
+def make_proposer(
+    config: RunConfig, own: Drafter, shared: Drafter, comm: Communicator, device: torch.device
+) -> Proposer | None:
+    """Who drafts for rounds on the device: on it where that can be, else this rank's drafter and the others'."""
+    speculation = config.speculation
+    if isinstance(own, NoDrafter):
+        return None
+    if isinstance(own, ModelDrafter):
+        return Replica(own, comm)
+    if isinstance(own, SuffixDrafter):
+        return Given(shared, config.engine.max_num_seqs + comm.size, speculation.width, device)
+    return Lookup(speculation.prompt_lookup_min, speculation.prompt_lookup_max)

@@ -62,21 +62,14 @@ class Rank:
 
     def _decide(self, plan: Plan) -> None:
         """Runs the plan's rounds within the group; the coordinator hears of each while the next is under way."""
-        for left in reversed(range(plan.rounds)):
-            start = time.perf_counter()
-            round_ = self.engine.draft()
-            choice = self.engine.verify(round_)
-            decision = self.engine.agree(round_, choice)
-            self.engine.apply(round_, decision)
-            self._digest = decision.digest(self._digest)
-            last = left == 0 or not round_.works
-            self._rounds += len(round_.works) > 0
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        for outcome in self.engine.rounds(plan.rounds):
+            self._digest = outcome.decision.digest(self._digest)
+            self._rounds += len(outcome.decision.slots) > 0
+            seconds, start = time.perf_counter() - start, time.perf_counter()
             with self.engine.clock.part("coordinate"):
-                told, logprobs = (decision, choice.logprobs) if self.leads else (None, None)
-                self.client.send(Report(self.rank, plan.number, self._digest, last, told, logprobs, seconds))
-            if last:
-                return
+                told, logprobs = (outcome.decision, outcome.logprobs) if self.leads else (None, None)
+                self.client.send(Report(self.rank, plan.number, self._digest, outcome.last, told, logprobs, seconds))
 
     def _vote(self, plan: Plan) -> None:
         start = time.perf_counter()

@@ -22,8 +22,8 @@ class ModelDrafter:
     """
 
     def __init__(self, model: Model, cache: KVCache, budget: int) -> None:
-        self._model = model
-        self._cache = cache
+        self.model = model
+        self.cache = cache
         self._budget = budget
         self._computed: dict[int, int] = {}
 
@@ -38,7 +38,7 @@ class ModelDrafter:
                 start = sequence.num_committed + len(chain) - 1 if chain else self._start(sequence)
                 pieces.append(Piece(chain[-1:] or sequence.tokens[start:], start, sequence.blocks, 1))
                 checks.append(Check(sequence, sequence.num_committed + len(chain), 1, list(chain)))
-            batch = Batch.build(pieces, self._cache.block_size, self._cache.device)
+            batch = Batch.build(pieces, self.cache.block_size, self.cache.device)
             for i, token in zip(active, self._sample(checks, batch), strict=True):
                 chains[i].append(token)
             active = [i for i in active if len(chains[i]) < works[i].num_drafts]
@@ -51,6 +51,13 @@ class ModelDrafter:
     def release(self, sequence: Sequence) -> None:
         self._computed.pop(sequence.slot, None)
 
+    def settle(self, sequences: list[Sequence]) -> None:
+        """Computes all committed tokens but the last, for who drafts on the device; what follows there is its own affair."""
+        for sequence in sequences:
+            self._compute(sequence, self._start(sequence), sequence.num_committed - 1)
+            # The last but one may be a draft that stood, which nobody has computed.
+            self._computed[sequence.slot] = max(0, sequence.num_committed - 2)
+
     def _start(self, sequence: Sequence) -> int:
         """Leading tokens that are rightly in the replica's cache: at least the last committed one is to be computed."""
         return min(self._computed.get(sequence.slot, 0), sequence.num_committed - 1)
@@ -60,13 +67,17 @@ class ModelDrafter:
         most = max(1, self._budget // max(1, len(sequences)))
         for sequence in sequences:
             start = self._start(sequence)
-            while sequence.num_committed - start > most:
-                chunk = min(self._budget, sequence.num_committed - start - 1)
-                piece = Piece(sequence.tokens[start : start + chunk], start, sequence.blocks, 0)
-                self._model.forward(Batch.build([piece], self._cache.block_size, self._cache.device), self._cache)
-                start += chunk
+            if sequence.num_committed - start > most:
+                start = self._compute(sequence, start, sequence.num_committed - 1)
             self._computed[sequence.slot] = start
 
+    def _compute(self, sequence: Sequence, start: int, stop: int) -> int:
+        """Computes the tokens from `start` to before `stop`, in chunks within the budget; returns `stop`."""
+        for first in range(start, stop, self._budget):
+            piece = Piece(sequence.tokens[first : min(first + self._budget, stop)], first, sequence.blocks, 0)
+            self.model.forward(Batch.build([piece], self.cache.block_size, self.cache.device), self.cache)
+        return stop
+
     def _sample(self, checks: list[Check], batch: Batch) -> list[int]:
-        logits = self._model.forward(batch, self._cache)
+        logits = self.model.forward(batch, self.cache)
         return [int(token) for token in best(logits, Rows.of(checks), Solo(), 0)[1]]

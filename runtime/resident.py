@@ -1,0 +1,240 @@
+"""Rounds that live on the device: draft, verify, decide and commit there, one launch after another.
+
+What a round needs to know of its sequences - tokens so far, lengths, blocks, seeds - is held in tensors that stay where
+they are, and a round changes them itself. So the rounds of a lease follow each other without asking the host, each as one
+CUDA graph where there are graphs; the host reads decisions as they come, and repeats them on its own `Sequence`s.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from runtime.blocks import blocks_for
+from runtime.comm import Communicator
+from runtime.drafting.resident import MANY, Proposer, View
+from runtime.graphs import Graphs
+from runtime.kv_cache import KVCache
+from runtime.model import Model
+from runtime.sampling import local_best
+from runtime.sequence import Sequence
+from runtime.verify import Decision, NotANumber
+
+ENDS = 8  # end tokens of a sequence; one with more runs on the host
+HEADER = 3  # of a row of output: it took part, its drafts, its tokens; then the tokens
+ABSENT = -1
+COLUMNS = ("slot", "length", "limit", "room", "most", "seed", "temperature", "live")  # of a row of state; then ends, blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The shape of a round: sequences, drafts of each, blocks of the longest. All but the drafts are rounded up."""
+
+    sequences: int
+    drafts: int
+    blocks: int
+
+
+class Resident:
+    """The running sequences of a rank, on its device, and the rounds over them.
+
+    proposer: who drafts on the device; None where nobody does. budget: rows of a round at most; longest: tokens of a
+    sequence at most. All ranks of the group call the same methods with the same sequences.
+    """
+
+    def __init__(
+        self, model: Model, cache: KVCache, comm: Communicator, proposer: Proposer | None, graphs: Graphs,
+        max_num_seqs: int, longest: int, budget: int,
+    ) -> None:  # fmt: skip
+        self._model, self._cache, self._comm, self._proposer, self._graphs = model, cache, comm, proposer, graphs
+        self._budget, self._device = budget, cache.device
+        most = -(-max_num_seqs // comm.size) * comm.size
+        blocks = _power(blocks_for(longest, cache.block_size))
+        places = blocks * cache.block_size
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        self._history = zeros(max_num_seqs + 1, places + 1, dtype=torch.int32)  # by slot; the last of each is for no one
+        # One table, so that one copy brings everything; temperatures as the bits of float32.
+        self._state = zeros(most, len(COLUMNS) + ENDS + blocks)
+        self._out: dict[Bucket, Tensor] = {}
+        self._told: dict[int, tuple[Sequence, int]] = {}  # slot -> whose tokens the history has, and how many
+        self._bucket = Bucket(0, 0, 0)
+        self._slots = np.zeros(0, np.int32)  # of the rows, ABSENT where there is nobody
+        self._coming: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def fits(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether rounds over these can run here: each with one token to compute, and nothing asked of its logits."""
+        running = [s for s in sequences if s.finish_reason is None]
+        return len(running) > 0 and len(self._state) <= self._budget and all(
+            s.num_computed == s.num_committed - 1 and len(s.ends) <= ENDS and s.sampling.plain for s in running
+        )
+
+    @property
+    def ahead(self) -> int:
+        """Rounds that may be launched before the first one's decision is known."""
+        return MANY if self._proposer is None else self._proposer.ahead
+
+    def begin(self, sequences: Iterable[Sequence], rounds: int, most: dict[int, int]) -> None:
+        """Tells the device about the sequences of the next rounds. most: slot -> drafts of a round at most."""
+        self._coming.clear()  # of rounds that had nothing left to do
+        running = [s for s in sequences if s.finish_reason is None]
+        rows = self._arrange(running)
+        self._bucket = self._fitting(running, len(rows), rounds, max(most[s.slot] for s in running))
+        if self._proposer is not None and self._bucket.drafts:
+            self._proposer.settle(rows, self._bucket.drafts)
+        self._tell(running)
+        self._slots = np.array([ABSENT if s is None else s.slot for s in rows], np.int32)
+        state = np.zeros((len(rows), len(COLUMNS) + ENDS + self._bucket.blocks), np.int64)
+        state[:, 0] = len(self._history) - 1  # rows of padding have a history that is nobody's
+        state[:, len(COLUMNS) :] = ABSENT
+        for row, s in zip(state, rows, strict=True):
+            if s is not None:
+                room, temperature = len(s.blocks) * self._cache.block_size, np.float32(s.sampling.temperature)
+                row[: len(COLUMNS)] = (
+                    s.slot, s.num_committed, s.limit, room, most[s.slot], s.sampling.seed, temperature.view(np.int32), 1
+                )  # fmt: skip
+                row[len(COLUMNS) : len(COLUMNS) + len(s.ends)] = sorted(s.ends)
+                blocks = s.blocks[: self._bucket.blocks]
+                row[len(COLUMNS) + ENDS : len(COLUMNS) + ENDS + len(blocks)] = blocks
+        self._state[: len(rows), : state.shape[1]].copy_(torch.from_numpy(state))
+
+    def launch(self) -> None:
+        """Starts one more round; does not wait for it."""
+        bucket = self._bucket
+        if bucket not in self._out:
+            shape = (bucket.sequences, HEADER + bucket.drafts + 1)
+            self._out[bucket] = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        self._graphs.run(bucket, lambda: self._round(bucket))
+        if self._device.type != "cuda":
+            self._coming.append((self._out[bucket].clone(), None))
+            return
+        copy = torch.empty(self._out[bucket].shape, dtype=torch.int32, pin_memory=True)
+        copy.copy_(self._out[bucket], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._coming.append((copy, event))
+
+    def decisions(self) -> Iterator[Decision]:
+        """What the rounds under way decide, one after the other; waits for each. Raises NotANumber."""
+        while self._coming:
+            out, event = self._coming.popleft()
+            if event is not None:
+                event.synchronize()
+            yield self._read(out.numpy())
+
+    def _read(self, out: NDArray[np.int32]) -> Decision:
+        rows = np.flatnonzero(out[:, 0])
+        out = out[rows]
+        if (out[:, 2] < 0).any():
+            raise NotANumber("the model's output is not a number (NaN); its weights, or their type's range, are at fault")
+        tokens = [row[HEADER : HEADER + row[2]] for row in out]
+        return Decision(
+            self._slots[rows], out[:, 1].copy(), out[:, 2].copy(),
+            np.concatenate(tokens, dtype=np.int32) if tokens else np.zeros(0, np.int32),
+        )  # fmt: skip
+
+    def _arrange(self, running: list[Sequence]) -> list[Sequence | None]:
+        """The sequences in rows: whose slot a rank drafts for stands in that rank's rows, every `comm.size`-th."""
+        size = self._comm.size
+        shares = [[s for s in running if s.slot % size == rank] for rank in range(size)]
+        height = min(_power(max(map(len, shares))), len(self._state) // size)
+        return [share[i] if i < len(share) else None for i in range(height) for share in shares]
+
+    def _fitting(self, running: list[Sequence], rows: int, rounds: int, width: int) -> Bucket:
+        width = 0 if self._proposer is None else max(0, min(width, self._budget // rows - 1))
+        furthest = max(min(s.limit, s.num_committed + rounds * (width + 1)) for s in running)
+        blocks = min(_power(blocks_for(furthest, self._cache.block_size)), self._state.shape[1] - len(COLUMNS) - ENDS)
+        return Bucket(rows, width, blocks)
+
+    def _tell(self, running: list[Sequence]) -> None:
+        """Writes the tokens that were committed since the last time; those which rounds have written here come out the same."""
+        tails, starts = [], []
+        for sequence in running:
+            known, count = self._told.get(sequence.slot, (None, 0))
+            starts.append(count if known is sequence else 0)
+            tails.append(sequence.tokens[starts[-1] :])
+            self._told[sequence.slot] = sequence, sequence.num_committed
+        longest = max(map(len, tails))
+        new = torch.tensor([filled(tail, longest) for tail in tails], dtype=torch.int32).to(self._device)
+        place = torch.tensor(starts)[:, None] + torch.arange(longest)
+        slots = torch.tensor([s.slot for s in running])[:, None]
+        spare = self._history.shape[1] - 1
+        self._history[slots.to(self._device), place.clamp(max=spare).to(self._device).where(new >= 0, spare)] = new
+
+    @torch.inference_mode()
+    def _round(self, bucket: Bucket) -> None:
+        """One round over the tensors, for S sequences of which some may not be there."""
+        width, device = bucket.drafts, self._device
+        state, places = self._state[: bucket.sequences], bucket.blocks * self._cache.block_size
+        slot, length, limit, room, most, seeds, temperatures, live = state[:, : len(COLUMNS)].clone().unbind(1)
+        ends, tables = state[:, len(COLUMNS) :].split([ENDS, state.shape[1] - len(COLUMNS) - ENDS], 1)
+        live, temperatures = live > 0, temperatures.int().view(torch.float32)
+        tables = tables[:, : bucket.blocks].int()
+        view = View(self._history[slot, :places], length.where(live, 0), room, tables, temperatures, seeds)
+        active = live & (length <= room)
+        most = torch.minimum(most, torch.minimum(limit - length - 1, room - length))
+        step = torch.arange(width + 1, device=device)
+        drafts, num_drafts = self._drafts(view, width, most.where(active, 0))
+        last = view.history.gather(1, (length - 1).clamp(min=0)[:, None]).long()
+        valid = active[:, None] & (step <= num_drafts[:, None])
+        batch = view.batch(torch.cat([last, drafts], 1), length - 1, valid, self._cache.block_size)
+        targets, broken = self._targets(self._model.forward(batch, self._cache), view, length[:, None] + step)
+        stands = (targets[:, :width] == drafts) & (step[:width] < num_drafts[:, None])
+        decided = torch.where(active, stands.long().cumprod(1).sum(1) + 1, 0)
+        num_tokens = torch.where((broken & valid).any(1), -1, decided)
+
+        within = step < decided[:, None]
+        ended = (targets[:, :, None] == ends[:, None]).any(2) | (length[:, None] + step + 1 >= limit[:, None])
+        ended &= within
+        kept = within & ((ended.long().cumsum(1) - ended.long()) == 0)  # up to the first that ends it, which counts
+        spare = self._history.shape[1] - 1
+        self._history[slot[:, None], torch.where(kept, length[:, None] + step, spare)] = targets.int()
+        state[:, COLUMNS.index("length")] += kept.sum(1)
+        state[:, COLUMNS.index("live")] *= ~ended.any(1)
+        header = torch.stack([active.long(), num_drafts, num_tokens], 1)
+        self._out[bucket].copy_(torch.cat([header, targets], 1))
+
+    def _drafts(self, view: View, width: int, most: Tensor) -> tuple[Tensor, Tensor]:
+        """Drafts int64 [S, K] and how many of them count, [S]."""
+        if width == 0 or self._proposer is None:
+            return view.seeds.new_zeros(len(most), 0), torch.zeros_like(most)
+        drafts = self._proposer.propose(view, width)
+        step = torch.arange(width, device=drafts.device)
+        # A draft ends at the first id the target has no embedding for.
+        good = (drafts >= 0) & (drafts < self._model.vocab_size) & (step < most[:, None])
+        return drafts, good.long().cumprod(1).sum(1)
+
+    def _targets(self, logits: Tensor, view: View, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The group's tokens at `positions` [S, K + 1], int64, and where nothing can be decided."""
+        count, width = positions.shape
+        scores, ids = local_best(
+            logits, view.temperatures.repeat_interleave(width), view.seeds.repeat_interleave(width),
+            positions.flatten(), self._model.vocab_first,
+        )  # fmt: skip
+        broken = scores.isnan()
+        if self._comm.size > 1:
+            pairs = self._comm.all_gather(torch.stack([scores.view(torch.int32), ids.int()]))
+            scores, every = pairs[:, 0].contiguous().view(torch.float32), pairs[:, 1].long()
+            best = scores == scores.amax(0)
+            ids = every.where(best, torch.iinfo(torch.int64).max).amin(0)
+            broken = scores.isnan().any(0)
+        return ids.view(count, width), broken.view(count, width)
+
+
+def filled(values: list[int], count: int) -> list[int]:
+    """The first `count` values, filled up with ABSENT."""
+    return (values + [ABSENT] * count)[:count]
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, count - 1).bit_length()
+

@@ -1,0 +1,120 @@
+"""Rounds on the device give what rounds on the host give: the same code runs on a CPU, where there are no graphs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from test_same_tokens import outcome, requests, small_cache
+
+from runtime.drafting.match import MatchIndex
+from runtime.drafting.resident import Lookup, View
+from runtime.graphs import Graphs
+from runtime.request import Request
+from runtime.resident import Resident
+from runtime.verify import Decision
+from tests.driver import demo_config, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def plain(seed: int) -> list[Request]:
+    """Requests of all lengths that ask for nothing but temperature, seed and ends; one of them asks for more."""
+    keep = {"temperature", "seed", "max_tokens", "ignore_eos", "stop_token_ids", "stop"}
+    made = []
+    for request in requests(seed):
+        asked = {name: getattr(request.params, name) for name in keep}
+        made.append(replace(request, params=type(request.params)(**asked)))
+    made[3] = replace(made[3], params=replace(made[3].params, top_p=0.9, logprobs=1, max_tokens=5))
+    return made
+
+
+@pytest.fixture
+def watched() -> Iterator[list[Decision]]:
+    """Rounds live on the device wherever they can; what they decide."""
+    seen: list[Decision] = []
+    own = Resident.decisions
+
+    def decisions(self: Resident) -> Iterator[Decision]:
+        for decision in own(self):
+            seen.append(decision)
+            yield decision
+
+    with mock.patch("workers.build.lives_on", return_value=True), mock.patch.object(Resident, "decisions", decisions):
+        yield seen
+
+
+SETTINGS = {
+    "none": ["speculation.method=none"],
+    "ngram": ["speculation.num_speculative_tokens=4"],
+    "model": ["speculation.method=model", "speculation.num_speculative_tokens=3"],
+    "suffix": ["speculation.method=suffix"],
+    "one at a time": ["engine.max_num_seqs=1", "coordination.lease=8"],
+    "small budget": ["engine.max_num_batched_tokens=29"],
+    "small cache": ["engine.block_size=8", "engine.kv_cache_memory={small}", "speculation.method=model"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, 1) for name in SETTINGS), ("ngram", 2), ("model", 2), ("suffix", 2), ("model", 3)]
+)
+def test_same_tokens(name: str, size: int, seed: int, watched: list[Decision]) -> None:
+    settings = [s.format(small=small_cache(True, "auto", size)) for s in SETTINGS[name]]
+    job = run(demo_config(*settings), plain(seed), size)
+    rounds, stats = len(watched), job.machine.stats
+    assert rounds > 20
+    drafted = sum(int(decision.num_drafts.sum()) for decision in watched)
+    assert (drafted > 0 and stats.num_accepted > 0) == (name != "none")
+    with mock.patch("workers.build.lives_on", return_value=False):
+        expected = run(demo_config("speculation.method=none"), plain(seed), size)
+    assert len(watched) == rounds
+    assert {i: outcome(c) for i, c in job.completions.items()} == {i: outcome(c) for i, c in expected.completions.items()}
+    if name == "small cache":
+        assert job.admissions > len(job.completions)
+
+
+def test_lookup_finds_what_the_host_finds(seed: int) -> None:
+    rng = random.Random(seed)
+    size, width = 48, 6
+    for _ in range(20):
+        shortest, longest = rng.choice([(1, 3), (2, 4), (1, 1)])
+        lengths = [rng.randint(1, size) for _ in range(5)] + [0]
+        texts = [[rng.randrange(rng.choice([2, 5])) for _ in range(n)] for n in lengths]
+        padded = [text + [rng.randrange(5) for _ in range(size - len(text))] for text in texts]
+        history = torch.tensor(padded, dtype=torch.int32)
+        none = torch.zeros(6, dtype=torch.int64)
+        view = View(history, torch.tensor(lengths), none, none[:, None].int(), none.float(), none)
+        found = Lookup(shortest, longest).propose(view, width).tolist()
+        for text, drafts in zip(texts, found, strict=True):
+            index = MatchIndex(shortest, longest)
+            index.extend(text)
+            end, length = index.find(text)
+            assert drafts == (index.copy(end, width) if length else [-1] * width)
+
+
+def test_graphs_capture_on_the_second_run_and_forget_the_oldest(caplog: pytest.LogCaptureFixture) -> None:
+    log: list[str] = []
+
+    def capture(work):  # type: ignore[no-untyped-def]
+        work()
+        if log.pop() == "odd":
+            raise RuntimeError("no room")
+        log.append("captured")
+        return lambda: log.append("replayed")
+
+    def run_(graphs: Graphs, key: str) -> str:
+        log.clear()
+        graphs.run(key, lambda: log.append(key))
+        return " ".join(log)
+
+    graphs = Graphs(capture, most=2)
+    assert [run_(graphs, "a") for _ in range(3)] == ["a", "captured replayed", "replayed"]
+    assert [run_(graphs, "odd") for _ in range(3)] == ["odd"] * 3
+    assert "cannot be captured" in caplog.text and len(caplog.records) == 1
+    assert [run_(graphs, key) for key in "bbcc"] == ["b", "captured replayed", "c", "captured replayed"]
+    assert [run_(graphs, key) for key in "cba"] == ["replayed", "replayed", "captured replayed"]
+    assert run_(Graphs(None), "a") == "a"
