@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,11 @@ class Checkpoint:
         return self._digest.hexdigest()
 
     def check(
-        self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = (), packed: Collection[str] = ()
+        self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = (), integers: Mapping[str, str] | None = None
     ) -> None:
         """Raises ModelError unless exactly these tensors are here in these shapes; `ignored` names may be here too.
 
-        `packed` names, of those expected, are words of 32 bits.
+        integers: the dtypes of those that aren't floats, by name.
         """
         missing = sorted(set(expected) - set(self.shapes))
         if missing:
@@ -81,7 +81,8 @@ class Checkpoint:
                     f"{name} in {self._where[name]} is {list(self.shapes[name])}, its config.json makes it "
                     f"{list(shape)}: the two don't belong together; {AGAIN}"
                 )
-            if self.dtypes[name] not in (("I32",) if name in packed else DTYPES):
+            kind = (integers or {}).get(name)
+            if self.dtypes[name] not in ((kind,) if kind else DTYPES):
                 raise ModelError(f"{name} in {self._where[name]} is {self.dtypes[name]}; use the plain 16-bit checkpoint")
 
     def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:

@@ -91,6 +91,8 @@ class Loader:
 
     def _head(self, path: str, stored: str, span: Span, table: Tensor | None) -> Product:
         """The head's product; `table` is the embedding's weight if it is the head's too; `stored`: its name in the files."""
+        if path in self.schemes and self.config.quantization == "int4":  # stored quantised, and so it stays
+            return self._product([(path, span, Span(0, self._linear(path).in_features))])
         if self.config.lm_head == "16bit":
             return Dense(self._weight(path, span) if table is None else table, self.kernels)
         # From the file's own values, some rows at a time: each has a scale of its own.

@@ -114,10 +114,10 @@ def load_model(config: ModelConfig, comm: Communicator, device: torch.device | s
         expected = dict(weight_names(module))
         tied = tied_weights(module)
         num_parameters = sum(weight.numel() for name, weight in module.named_parameters() if name in expected)
-        schemes = read_schemes(read_json(config.target, "config.json"), module, checkpoint.shapes)
-        packed = _store(expected, schemes, module)
+        schemes = read_schemes(read_json(config.target, "config.json"), module, checkpoint.shapes, tied)
+        integers = _store(expected, schemes)
         companions = {name for path, scheme in schemes.items() for name in scheme.companions(path)}
-        checkpoint.check(expected, _ignored(module, checkpoint) | set(tied) | companions, packed)
+        checkpoint.check(expected, _ignored(module, checkpoint) | set(tied) | companions, integers)
         layout = lay_out(module, _unit(config, schemes), comm.rank, comm.size)
         vocab_size = module.get_output_embeddings().out_features
         kernels = select(device)
@@ -146,16 +146,11 @@ def load_model(config: ModelConfig, comm: Communicator, device: torch.device | s
     )
 
 
-def _store(expected: dict[str, tuple[int, ...]], schemes: dict[str, Scheme], module: nn.Module) -> set[str]:
-    """Puts what is stored of packed linears in their weights' place. Returns the names of words."""
-    packed: set[str] = set()
+def _store(expected: dict[str, tuple[int, ...]], schemes: dict[str, Scheme]) -> dict[str, str]:
+    """Puts what is stored of quantised linears in their weights' place. Returns the kinds of integers by name."""
     for path, scheme in schemes.items():
-        outputs, inputs = expected.pop(f"{path}.weight", (0, 0))
-        if outputs:  # else it is tied to another one
-            tensors = scheme.tensors(path, outputs, inputs)
-            expected.update(tensors)
-            packed.update(name for name in tensors if "scale" not in name.rpartition(".")[2])
-    return packed
+        expected.update(scheme.tensors(path, *expected.pop(f"{path}.weight")))
+    return {name: kind for path, scheme in schemes.items() for name, kind in scheme.integers(path).items()}
 
 
 def _unit(config: ModelConfig, schemes: dict[str, Scheme]) -> int:

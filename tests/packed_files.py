@@ -1,4 +1,4 @@
-"""Checkpoints in others' four-bit formats, their bits spelt out one by one from the formats' descriptions."""
+"""Checkpoints in others' formats of four and eight bits, their bits spelt out one by one from the formats' descriptions."""
 
 import json
 import random
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 @dataclass
 class Drawn:
-    """A random weight: unsigned codes [N, K], scales [N, G], zeros [N, G], the group of each input [K]."""
+    """A random weight: unsigned codes [N, K] of so many bits, scales [N, G], zeros [N, G], the group of each input [K]."""
 
+    bits: int
     codes: Tensor
     scale: Tensor
     zero: Tensor
@@ -27,47 +28,51 @@ class Drawn:
         return (self.codes - self.zero[:, self.group_of]).float() * self.scale.float()[:, self.group_of]
 
 
-def draw(shape: torch.Size, group: int, symmetric: bool, shuffled: bool, dtype: torch.dtype) -> Drawn:
+def draw(shape: torch.Size, group: int, symmetric: bool, shuffled: bool, dtype: torch.dtype, bits: int = 4) -> Drawn:
     outputs, inputs = shape
     groups = 1 if group == -1 else inputs // group
     group_of = torch.arange(inputs) * groups // inputs
     if shuffled:
         group_of = group_of[torch.randperm(inputs)]
-    zero = torch.full((outputs, groups), 8) if symmetric else torch.randint(0, 16, (outputs, groups))
-    scale = ((torch.rand(outputs, groups) + 0.2) * 0.3 * inputs**-0.5).to(dtype)
-    return Drawn(torch.randint(0, 16, (outputs, inputs)), scale, zero, group_of)
+    codes = 2**bits
+    zero = torch.full((outputs, groups), codes // 2) if symmetric else torch.randint(0, codes, (outputs, groups))
+    scale = ((torch.rand(outputs, groups) + 0.2) * 4.8 / codes * inputs**-0.5).to(dtype)
+    return Drawn(bits, torch.randint(0, codes, (outputs, inputs)), scale, zero, group_of)
 
 
-def words(codes: Tensor, places: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> Tensor:
-    """[A, 8 B] -> int32 [A, B]: nibble i of a word holds code places[i] of its eight."""
-    rows = []
+def words(codes: Tensor, bits: int, places: tuple[int, ...] | None = None) -> Tensor:
+    """[A, P B] -> int32 [A, B]: the i-th `bits` bits of a word, from its lowest on, hold code places[i] of its P."""
+    rows, each = [], 32 // bits
     for row in codes.tolist():
-        row += [0] * (-len(row) % 8)
-        rows.append([sum(row[w + place] << 4 * i for i, place in enumerate(places)) for w in range(0, len(row), 8)])
+        row += [0] * (-len(row) % each)
+        order = places or tuple(range(each))
+        rows.append([sum(row[w + place] << bits * i for i, place in enumerate(order)) for w in range(0, len(row), each)])
     unsigned = torch.tensor(rows, dtype=torch.int64)
     return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
 
 
-def compressed(path: str, w: Drawn, symmetric: bool, shuffled: bool) -> dict[str, Tensor]:
-    found = {
-        f"{path}.weight_packed": words(w.codes),
-        f"{path}.weight_scale": w.scale,
-        f"{path}.weight_shape": torch.tensor(w.codes.shape),
-    }
+def compressed(path: str, w: Drawn, symmetric: bool, shuffled: bool, packed: bool = True) -> dict[str, Tensor]:
+    found = {f"{path}.weight_scale": w.scale}
+    middle = 2 ** (w.bits - 1)
+    if packed:
+        found |= {f"{path}.weight_packed": words(w.codes, w.bits), f"{path}.weight_shape": torch.tensor(w.codes.shape)}
+    else:
+        found[f"{path}.weight"] = (w.codes - middle).to(torch.int8)
     if not symmetric:
-        found[f"{path}.weight_zero_point"] = words(w.zero.t()).t()
+        zero = words(w.zero.t(), w.bits).t() if packed else (w.zero - middle).to(torch.int8)
+        found[f"{path}.weight_zero_point"] = zero
     if shuffled:
         found[f"{path}.weight_g_idx"] = w.group_of.int()
     return found
 
 
 def gptq(path: str, w: Drawn, version: int) -> dict[str, Tensor]:
-    zeros = words(w.zero.t())
-    if version == 1:  # a word less 0x11111111, modulo 2^32
-        less = (zeros.long() - 0x11111111) % 2**32
+    zeros = words(w.zero.t(), w.bits)
+    if version == 1:  # a word less one in each of its codes, modulo 2^32
+        less = (zeros.long() - {4: 0x11111111, 8: 0x01010101}[w.bits]) % 2**32
         zeros = torch.where(less >= 2**31, less - 2**32, less).int()
     return {
-        f"{path}.qweight": words(w.codes).t(),
+        f"{path}.qweight": words(w.codes, w.bits).t(),
         f"{path}.qzeros": zeros,
         f"{path}.scales": w.scale.t(),
         f"{path}.g_idx": w.group_of.int(),
@@ -78,17 +83,17 @@ def gptq(path: str, w: Drawn, version: int) -> dict[str, Tensor]:
 def awq(path: str, w: Drawn) -> dict[str, Tensor]:
     places = (0, 2, 4, 6, 1, 3, 5, 7)
     return {
-        f"{path}.qweight": words(w.codes.t(), places),
-        f"{path}.qzeros": words(w.zero.t(), places),
+        f"{path}.qweight": words(w.codes.t(), 4, places),
+        f"{path}.qzeros": words(w.zero.t(), 4, places),
         f"{path}.scales": w.scale.t(),
     }
 
 
 def write(
     model: PreTrainedModel, directory: Path, layout: str, group: int, symmetric: bool = False, shuffled: bool = False,
-    ignored: tuple[str, ...] = (), rng: random.Random | None = None,
+    ignored: tuple[str, ...] = ("lm_head",), rng: random.Random | None = None, bits: int = 4,
 ) -> None:  # fmt: skip
-    """Writes `model` with random four-bit weights in its layers' linears, and gives the model those weights' values.
+    """Writes `model` with random weights of few bits in its linears, and gives the model those weights' values.
 
     Linears whose name ends with one of `ignored` stay as they are. Siblings share an order of their inputs with even
     odds of `rng`, as they do where one calibration made it.
@@ -99,14 +104,14 @@ def write(
     kept: list[str] = []
     orders: dict[tuple[str, int], Tensor] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or "layers" not in path or path.endswith(ignored or ("nothing",)):
+        if not isinstance(module, nn.Linear) or path.endswith(ignored):
             kept += [path] if isinstance(module, nn.Linear) else []
             continue
-        w = draw(module.weight.shape, group, symmetric, shuffled, dtype)
+        w = draw(module.weight.shape, group, symmetric, shuffled, dtype, bits)
         if rng is not None and rng.random() < 0.7:
             w.group_of = orders.setdefault((path.rpartition(".")[0], module.in_features), w.group_of)
-        if layout == "pack-quantized":
-            tensors |= compressed(path, w, symmetric, shuffled)
+        if layout in ("pack-quantized", "int-quantized"):
+            tensors |= compressed(path, w, symmetric, shuffled, layout == "pack-quantized")
         else:
             tensors |= awq(path, w) if layout == "awq" else gptq(path, w, 1 if layout == "gptq" else 2)
         if module.bias is not None:
@@ -114,26 +119,26 @@ def write(
             replaced.add(f"{path}.bias")
         module.weight.data = w.value
         replaced.add(f"{path}.weight")
-    tensors |= {n: v.data for n, v in model.named_parameters() if n not in replaced}
+    tensors = {n: v.data for n, v in model.named_parameters() if n not in replaced} | tensors
     directory.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(directory)
     save_file({n: v.contiguous() for n, v in tensors.items()}, directory / "model.safetensors", metadata={"format": "pt"})
     path_ = directory / "config.json"
-    about = config(layout, group, symmetric, shuffled, kept)
+    about = config(layout, bits, group, symmetric, shuffled, kept)
     path_.write_text(json.dumps(json.loads(path_.read_text()) | {"quantization_config": about}))
 
 
-def config(layout: str, group: int, symmetric: bool, shuffled: bool, kept: list[str]) -> dict[str, Any]:
+def config(layout: str, bits: int, group: int, symmetric: bool, shuffled: bool, kept: list[str]) -> dict[str, Any]:
     if layout == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
                 "modules_to_not_convert": [p for p in kept if p != "lm_head"] or None}  # fmt: skip
-    if layout != "pack-quantized":
-        return {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": shuffled, "sym": symmetric,
+    if layout in ("gptq", "gptq_v2"):
+        return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": shuffled, "sym": symmetric,
                 "checkpoint_format": layout, "damp_percent": 0.01, "true_sequential": True}  # fmt: skip
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "channel" if group == -1 else "group",
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if group == -1 else "group",
                "group_size": None if group == -1 else group, "actorder": "group" if shuffled else None,
                "dynamic": False, "observer": "minmax", "block_structure": None, "observer_kwargs": {}}  # fmt: skip
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+    return {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None,
                                           "output_activations": None}},
             "ignore": kept, "kv_cache_scheme": None}  # fmt: skip

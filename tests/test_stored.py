@@ -1,4 +1,4 @@
-"""Checkpoints in others' four-bit formats are read as they are: every value, on every rank."""
+"""Checkpoints in others' formats of four and eight bits are read as they are: every value, on every rank."""
 
 import json
 import random
@@ -18,23 +18,32 @@ from runtime.quantize import stored
 
 pytestmark = pytest.mark.usefixtures("unfused", "one_thread")
 
-WIDE = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "intermediate_size": 384}
+# Three groups of 128 or more between attention and its output, and within the MLP: enough for three ranks.
+WIDE = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 384}
 KINDS = [
-    ("pack-quantized", True, False),
-    ("pack-quantized", False, False),
-    ("pack-quantized", True, True),
-    ("pack-quantized", False, True),
-    ("gptq", True, False),
-    ("gptq", False, False),
-    ("gptq", False, True),
-    ("gptq_v2", False, False),
-    ("gptq_v2", False, True),
-    ("awq", False, False),
+    (4, "pack-quantized", True, False),
+    (4, "pack-quantized", False, False),
+    (4, "pack-quantized", True, True),
+    (4, "pack-quantized", False, True),
+    (4, "gptq", True, False),
+    (4, "gptq", False, False),
+    (4, "gptq", False, True),
+    (4, "gptq_v2", False, False),
+    (4, "gptq_v2", False, True),
+    (4, "awq", False, False),
+    (8, "pack-quantized", True, False),
+    (8, "pack-quantized", False, True),
+    (8, "int-quantized", True, False),
+    (8, "int-quantized", False, False),
+    (8, "gptq", True, False),
+    (8, "gptq", False, True),
+    (8, "gptq_v2", False, False),
 ]
 
 
 def values(product: Product) -> Tensor:
-    """A product's weight [N, K] in float32: what the identity comes out as, one code times one scale each."""
+    """A product's weight [N, K] in float32: what the identity comes out as, one code times one scale each (or, of eight
+    bits, the sum of its halves)."""
     inner = product.product if isinstance(product, Reordered) else product
     if isinstance(inner, Stacked):
         return torch.cat([values(p) for p in inner.products])
@@ -45,12 +54,12 @@ def values(product: Product) -> Tensor:
 
 
 def held(config: object, comm: Communicator) -> dict[str, Tensor]:
-    """This rank's layers' weights by path."""
+    """This rank's linears' weights by path."""
     found: dict[str, Tensor] = {}
     for path, module in load_model(config, comm).module.named_modules():  # type: ignore[arg-type]
         if isinstance(module, RowParallel):
             found[path] = values(module.product)
-        elif isinstance(module, ColumnParallel) and "layers" in path:
+        elif isinstance(module, ColumnParallel):
             widths = module.siblings.widths
             found[path] = values(module.siblings.product).split(widths)[module.index]
     return found
@@ -58,35 +67,36 @@ def held(config: object, comm: Communicator) -> dict[str, Tensor]:
 
 def whole(parts: list[Tensor], like: Tensor) -> Tensor:
     """The ranks' slices put together along the dimension that was split."""
-    rows = sum(len(part) for part in parts) == len(like)
+    rows = sum(len(part) for part in parts) == len(like)  # else each has all of them
     return torch.cat(parts, dim=0 if rows else 1)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
-@pytest.mark.parametrize(("layout", "symmetric", "shuffled"), KINDS)
+@pytest.mark.parametrize(("bits", "layout", "symmetric", "shuffled"), KINDS)
 def test_weights_are_those_of_the_reference(
-    layout: str, symmetric: bool, shuffled: bool, group: int, seed: int, tmp_path: Path
+    bits: int, layout: str, symmetric: bool, shuffled: bool, group: int, seed: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = make("llama", seed, **WIDE)
-    write(model, tmp_path, layout, group, symmetric, shuffled and group > 0, rng=rng)
+    model = make("llama", seed, num_hidden_layers=1, **WIDE)
+    ignored = rng.choice([(), ("lm_head",)])
+    write(model, tmp_path, layout, group, symmetric, shuffled and group > 0, ignored, rng, bits)
     config = config_of(tmp_path, quantization="int4", activations="16bit")
-    for size in (1, 2, 3) if group in (32, 64) else (1, 2):
+    for size in (1, 2, 3):
         ranks = on_ranks(size, lambda comm: held(config, comm))
-        assert len(ranks[0]) == 14
+        assert len(ranks[0]) == 8
         for path in ranks[0]:
             wanted = model.get_submodule(path).weight.data
             assert torch.equal(whole([rank[path] for rank in ranks], wanted), wanted), path
 
 
-@pytest.mark.parametrize("layout", ["pack-quantized", "gptq", "awq"])
+@pytest.mark.parametrize(("bits", "layout"), [(4, "pack-quantized"), (4, "gptq"), (4, "awq"), (8, "int-quantized")])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "phi3"])
-def test_logits_are_those_of_the_expanded_model(kind: str, layout: str, seed: int, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_expanded_model(kind: str, layout: str, bits: int, seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     model = make(kind, seed, **WIDE)
-    write(model, tmp_path, layout, 32, shuffled=layout != "awq", rng=rng)
+    write(model, tmp_path, layout, 32, shuffled=layout != "awq", ignored=rng.choice([(), ("lm_head",)]), rng=rng, bits=bits)
     sequences = prompts(rng)
     for quantization in ("int4", "none"):
         config = config_of(tmp_path, quantization=quantization, activations="16bit", dtype="float32")
@@ -99,7 +109,7 @@ def test_logits_are_those_of_the_expanded_model(kind: str, layout: str, seed: in
 def test_ignored_linears_stay_as_they_are(layout: str, seed: int, tmp_path: Path) -> None:
     torch.manual_seed(seed)
     model = make("llama", seed, **WIDE)
-    write(model, tmp_path, layout, 32, ignored=("k_proj", "0.mlp.down_proj"))
+    write(model, tmp_path, layout, 32, ignored=("k_proj", "0.mlp.down_proj", "lm_head"))
     ranks = on_ranks(2, lambda comm: held(config_of(tmp_path, quantization="int4", activations="16bit"), comm))
     for path in ranks[0]:
         wanted = model.get_submodule(path).weight.data
@@ -150,13 +160,14 @@ def test_arranged_parts_make_the_whole_product(seed: int) -> None:
                 assert len(set(w.group_of[columns][sub].tolist())) == 1, i
 
 
-def test_a_compressor_of_others_writes_what_is_read(seed: int) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_compressor_of_others_writes_what_is_read(bits: int, seed: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     torch.manual_seed(seed)
-    w = draw(torch.Size((24, 256)), 64, False, False, torch.bfloat16)
-    tensors = compressed("x", w, False, False)
-    assert torch.equal(tensors["x.weight_packed"], helpers.pack_to_int32((w.codes - 8).to(torch.int8), 4))
-    zeros = helpers.pack_to_int32((w.zero - 8).to(torch.int8), 4, packed_dim=0)
+    w = draw(torch.Size((24, 256)), 64, False, False, torch.bfloat16, bits)
+    tensors, middle = compressed("x", w, False, False), 2 ** (bits - 1)
+    assert torch.equal(tensors["x.weight_packed"], helpers.pack_to_int32((w.codes - middle).to(torch.int8), bits))
+    zeros = helpers.pack_to_int32((w.zero - middle).to(torch.int8), bits, packed_dim=0)
     assert torch.equal(tensors["x.weight_zero_point"], zeros)
 
 
@@ -177,7 +188,7 @@ GROUP = "config_groups__group_0"
 REFUSED = [
     ("pack-quantized", {"quant_method": "fp8"}, "quant_method .* 'fp8'; read here: compressed-tensors, gptq and awq"),
     ("pack-quantized", {"format": "nvfp4-pack-quantized"}, "format .* 'nvfp4-pack-quantized'"),
-    ("pack-quantized", {f"{GROUP}__weights__num_bits": 8}, r"group_0\.weights\.num_bits .* 8; read here: 4"),
+    ("pack-quantized", {f"{GROUP}__weights__num_bits": 3}, r"group_0\.weights\.num_bits .* 3; read here: 4 or 8"),
     ("pack-quantized", {f"{GROUP}__weights__type": "float"}, r"weights\.type"),
     ("pack-quantized", {f"{GROUP}__weights__strategy": "tensor"}, "strategy .* 'tensor'; read here: group or channel"),
     ("pack-quantized", {f"{GROUP}__input_activations": {"num_bits": 8}}, "input_activations"),
@@ -188,10 +199,10 @@ REFUSED = [
     ("pack-quantized", {"config_groups": {}}, "config_groups"),
     ("pack-quantized", {"ignore": ["lm_head", "re:.*k_proj$"]}, "lacks model.layers.0.self_attn.k_proj.weight"),
     ("pack-quantized", {"ignore": []}, "lacks lm_head.weight_packed"),
-    ("gptq", {"bits": 3}, "bits .* 3; read here: 4"),
+    ("gptq", {"bits": 3}, "bits .* 3; read here: 4 or 8"),
     ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format .* 'marlin'"),
     ("gptq", {"dynamic": {"-:.*": {}}}, "dynamic"),
-    ("gptq", {"group_size": 64}, r"scales in .* is \[4, 256\]"),
+    ("gptq", {"group_size": 64}, r"scales in .* is \[4, 512\]"),
     ("awq", {"version": "gemv"}, "version .* 'gemv'"),
     ("awq", {"group_size": None}, "group_size"),
     ("awq", {"modules_to_not_convert": ["k_proj"]}, "modules_to_not_convert names model.layers.0.self_attn.k_proj"),
@@ -212,7 +223,7 @@ def test_what_is_not_understood_is_refused(
 def test_targets_name_linears_in_three_ways(seed: int, tmp_path: Path) -> None:
     torch.manual_seed(seed)
     model = make("llama", seed, **WIDE)
-    write(model, tmp_path, "pack-quantized", 32, ignored=("v_proj",))
+    write(model, tmp_path, "pack-quantized", 32, ignored=("v_proj", "lm_head"))
     exact = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.endswith(("q_proj", "k_proj"))]
     rest = r"re:.*(o_proj|gate_proj|up_proj|down_proj)$"
     edit(tmp_path, ignore=["re:.*lm_head"], **{f"{GROUP}__targets": [*exact, rest]})

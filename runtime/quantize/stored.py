@@ -1,16 +1,21 @@
-"""Four-bit weights out of files: each layout's bits, and this rank's slices of them.
+"""Weights of four and eight bits out of files: each layout's bits, and this rank's slices of them.
 
-A word is 32 bits and holds eight codes, the first in its lowest bits.
+A word is 32 bits and holds eight codes of four bits or four of eight, the first in its lowest bits. P is their number.
 
-- `pack-quantized` (compressed-tensors): weight_packed [N, K / 8], codes along the inputs, a code being the signed value
-  plus 8; weight_scale [N, G]; weight_zero_point [N / 8, G], packed along the outputs.
-- `gptq` (AutoGPTQ, GPTQModel): qweight [K / 8, N], packed along the inputs; scales [G, N]; qzeros [G, N / 8], packed
-  along the outputs. The first version subtracted 0x11111111 from every word of zero points, `gptq_v2` doesn't.
+- `pack-quantized` (compressed-tensors): weight_packed [N, K / P], codes along the inputs, a code being the signed value
+  plus 8 or 128; weight_scale [N, G]; weight_zero_point [N / P, G], packed along the outputs.
+- `int-quantized` (compressed-tensors): weight int8 [N, K] and weight_zero_point int8 [N, G], signed values as they are.
+- `gptq` (AutoGPTQ, GPTQModel): qweight [K / P, N], packed along the inputs; scales [G, N]; qzeros [G, N / P], packed
+  along the outputs. The first version took 1 from every zero point as it lies in a word, `gptq_v2` doesn't.
 - `awq` (AutoAWQ, version GEMM): qweight [K, N / 8] and qzeros [G, N / 8], packed along the outputs, which lie in a word
   in the order 0 2 4 6 1 3 5 7; scales [G, N].
 
 A weight whose groups follow the activations' order (g_idx: the group of each input) is brought into groups that lie
 together by sorting this rank's own inputs; `arrange` says how.
+
+A code of eight bits is two of four: (c - z) s = (c / 16 - z / 16) 16 s + (c % 16 - z % 16) s, each half with a zero point
+and a scale of its own. So such a weight is held as one of four bits with twice the inputs, each of which comes in twice;
+the bytes are the same, and every kernel that knows four bits knows it. With scales of 16 bit nothing is rounded.
 """
 
 from __future__ import annotations
@@ -19,18 +24,19 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint import Checkpoint, ModelError
-from runtime.quantize.int4 import MIDDLE, Int4Weight
-from runtime.quantize.schemes import Scheme
+from runtime.quantize.int4 import Int4Weight
+from runtime.quantize.schemes import COMPRESSED, WORD, Scheme
 from runtime.shard import Span
 
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word the outputs 0..7 lie
 SUBGROUPS = (128, 64, 32, 16, 8)
+ONES = {4: 0x11111111, 8: 0x01010101}  # a word whose codes are all 1
 
 
 def read_int4(
     checkpoint: Checkpoint, path: str, scheme: Scheme, rows: Span, columns: Span
 ) -> tuple[Int4Weight, Tensor | None]:
-    """These outputs and inputs of a linear: the weight [n, k] and the order its inputs come in, None for their own.
+    """These outputs and inputs of a linear: the weight [n, k'] and the order its inputs come in, None for their own.
 
     The order is int64 [k'], positions within `columns`: input i of the weight is theirs at order[i]. `columns` starts
     and ends with a group. Raises ModelError.
@@ -43,33 +49,60 @@ def read_int4(
         groups = Span(columns.start // size, -(-columns.stop // size))
     else:
         groups = Span(0, checkpoint.shapes[scheme.order(path)][0] // size)
-    if scheme.layout == "pack-quantized":
-        codes = _unpack(checkpoint.read(f"{path}.weight_packed", rows, _words(columns)), columns)
-        scale = checkpoint.read(f"{path}.weight_scale", rows, groups)
-        if scheme.symmetric:
-            zero = torch.full(scale.shape, MIDDLE, dtype=torch.uint8)
-        else:
-            words = checkpoint.read(f"{path}.weight_zero_point", _words(rows), groups)
-            zero = _unpack(words.t(), rows).t()
-    else:
-        if scheme.layout == "awq":
-            codes = _unpack(checkpoint.read(f"{path}.qweight", columns, _words(rows)), rows, AWQ_PLACES).t()
-        else:
-            codes = _unpack(checkpoint.read(f"{path}.qweight", _words(columns), rows).t(), columns)
-        scale = checkpoint.read(f"{path}.scales", groups, rows).t()
-        words = checkpoint.read(f"{path}.qzeros", groups, _words(rows))
-        if scheme.layout == "gptq":
-            # One addition to the whole word undoes the one subtraction, borrows between zero points included.
-            words = ((words.long() + 0x11111111 + 2**31) % 2**32 - 2**31).int()
-        zero = _unpack(words, rows, AWQ_PLACES if scheme.layout == "awq" else None).t()
+    read = _of_compressed_tensors if scheme.layout in COMPRESSED else _of_gptq_and_awq
+    codes, scale, zero = read(checkpoint, path, scheme, rows, columns, groups)
     scale = scale.float()
     if not bool(torch.isfinite(scale).all()):
         raise ModelError(f"{path} in {checkpoint.directory} has scales that aren't finite; download the model again")
-    if group_of is not None:
-        return arrange(codes, scale, zero, group_of, size)
     if scheme.channel:
         scale, zero = (x.expand(-1, inputs // size) for x in (scale, zero))
-    return Int4Weight(codes.contiguous(), scale.contiguous(), zero.contiguous(), size), None
+    order = None
+    if scheme.bits == 8:
+        order = torch.arange(inputs).repeat(2)
+        group_of = None if group_of is None else torch.cat([group_of, group_of + scale.shape[1]])
+        codes, zero = (torch.cat([x >> 4, x & 15], dim=1) for x in (codes, zero))
+        scale = torch.cat([scale * 16, scale], dim=1)
+    if group_of is not None:
+        weight, places = arrange(codes, scale, zero, group_of, size)
+        return weight, places if order is None else order[places]
+    return Int4Weight(codes.contiguous(), scale.contiguous(), zero.contiguous(), size), order
+
+
+def _of_compressed_tensors(
+    checkpoint: Checkpoint, path: str, scheme: Scheme, rows: Span, columns: Span, groups: Span
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [n, k], scales as stored [n, g], zero points uint8 [n, g]."""
+    bits, middle = scheme.bits, 1 << scheme.bits - 1
+    scale = checkpoint.read(f"{path}.weight_scale", rows, groups)
+    zero = torch.full(scale.shape, middle, dtype=torch.uint8)
+    if scheme.layout == "int-quantized":
+        codes = (checkpoint.read(f"{path}.weight", rows, columns).short() + middle).to(torch.uint8)
+        if not scheme.symmetric:
+            zero = (checkpoint.read(f"{path}.weight_zero_point", rows, groups).short() + middle).to(torch.uint8)
+        return codes, scale, zero
+    codes = _unpack(checkpoint.read(f"{path}.weight_packed", rows, _words(columns, bits)), columns, bits)
+    if not scheme.symmetric:
+        words = checkpoint.read(f"{path}.weight_zero_point", _words(rows, bits), groups)
+        zero = _unpack(words.t(), rows, bits).t()
+    return codes, scale, zero
+
+
+def _of_gptq_and_awq(
+    checkpoint: Checkpoint, path: str, scheme: Scheme, rows: Span, columns: Span, groups: Span
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [n, k], scales as stored [n, g], zero points uint8 [n, g]."""
+    bits = scheme.bits
+    places = AWQ_PLACES if scheme.layout == "awq" else None
+    if scheme.layout == "awq":
+        codes = _unpack(checkpoint.read(f"{path}.qweight", columns, _words(rows, bits)), rows, bits, places).t()
+    else:
+        codes = _unpack(checkpoint.read(f"{path}.qweight", _words(columns, bits), rows).t(), columns, bits)
+    scale = checkpoint.read(f"{path}.scales", groups, rows).t()
+    words = checkpoint.read(f"{path}.qzeros", groups, _words(rows, bits))
+    if scheme.layout == "gptq":
+        # One addition to the whole word undoes the one subtraction, borrows between zero points included.
+        words = ((words.long() + ONES[bits] + 2**31) % 2**32 - 2**31).int()
+    return codes, scale, _unpack(words, rows, bits, places).t()
 
 
 def arrange(codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, size: int) -> tuple[Int4Weight, Tensor]:
@@ -102,7 +135,7 @@ def arrange(codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, size: 
 def expand(weight: Int4Weight, order: Tensor | None, inputs: int) -> Tensor:
     """float32 [N, inputs] in the inputs' own order, of what `read_int4` returns."""
     values = weight.dequantize()
-    # An input that stands twice is zero all but once.
+    # An input that stands twice is zero all but once, or brings the two halves of its codes.
     return values if order is None else values.new_zeros(len(values), inputs).index_add_(1, order, values)
 
 
@@ -122,16 +155,17 @@ def _group_of(checkpoint: Checkpoint, path: str, scheme: Scheme, columns: Span) 
     return found[columns.start : columns.stop]
 
 
-def _words(span: Span) -> Span:
+def _words(span: Span, bits: int) -> Span:
     """The words that hold these codes."""
-    return Span(span.start // 8, -(-span.stop // 8))
+    return Span(span.start * bits // WORD, -(-span.stop * bits // WORD))
 
 
-def _unpack(words: Tensor, span: Span, places: list[int] | None = None) -> Tensor:
-    """Words [A, B] int32 -> the codes of `span`, uint8 [A, span]; places: where in a word the codes 0..7 lie."""
-    octets = words.contiguous().view(torch.uint8)
-    codes = torch.stack([octets & 15, octets >> 4], dim=-1).view(len(words), -1)
+def _unpack(words: Tensor, span: Span, bits: int, places: list[int] | None = None) -> Tensor:
+    """Words [A, B] int32 -> the codes of `span`, uint8 [A, span]; places: where in a word of eight the codes 0..7 lie."""
+    codes = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).view(len(words), -1)
     if places is not None:
         codes = codes.view(len(words), -1, 8)[..., places].reshape(len(words), -1)
-    first = span.start - span.start // 8 * 8
+    first = span.start % (WORD // bits)
     return codes[:, first : first + span.width]
