@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs.schema import RunConfig
 
-READ_FROM = (("model", "target"), ("speculation", "model"), ("files", "input"))
+READ_FROM = (("model", "target"), ("speculation", "model"), ("verification", "reference"), ("files", "input"))
 
 
 class ConfigError(Exception):

@@ -55,6 +55,12 @@ class ModelConfig(Section):
         "auto", description="of activations, cache and unquantised weights; auto takes the checkpoint's"
     )
 
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What of this decides a result: neither where the model lies nor, without int4, how int4 would be held."""
+        unused = {"group_size", "symmetric", "activations"} if self.quantization == "none" else set()
+        return self.model_dump(exclude={"target", *unused})
+
 
 class SpeculationConfig(Section):
     """Who proposes tokens, and how many."""
@@ -79,6 +85,22 @@ class SpeculationConfig(Section):
     def width(self) -> int:
         """The most tokens one round drafts for one sequence."""
         return 0 if self.method == "none" else self.num_speculative_tokens
+
+
+class VerificationConfig(Section):
+    """Whether the 16-bit model has the last word on what the int4 model writes."""
+
+    certify: Literal["none", "full"] = Field(
+        "none", description="full: the 16-bit model checks what the int4 model writes, and the output is what it would have "
+        "given alone"
+    )
+    reference: str | None = Field(
+        None, description="directory of the 16-bit model, where model.target is a checkpoint of int4 weights made of it; "
+        "by default model.target"
+    )
+    certify_window: Annotated[int, Field(ge=1, le=256)] = Field(
+        16, description="tokens the int4 model writes in a sequence before the 16-bit model checks them in one pass"
+    )
 
 
 class ParallelConfig(Section):
@@ -106,7 +128,10 @@ class CoordinationConfig(Section):
     """How decisions are merged, and how long anyone waits for anyone."""
 
     merge: Literal["group", "coordinator"] = Field("group", description="where a group's verdicts become a decision")
-    lease: Positive = Field(4, description="rounds a plan lasts under merge: group")
+    lease: Positive | None = Field(
+        None, description="rounds a plan lasts under merge: group; by default 4, or 1 with verification.certify, whose rounds "
+        "are long"
+    )
     endpoint: str | None = Field(
         None, description="ZeroMQ address of the coordinator, tcp://HOST:PORT; by default a free local one"
     )
@@ -146,6 +171,7 @@ class RunConfig(Section):
 
     model: ModelConfig
     speculation: SpeculationConfig = SpeculationConfig()
+    verification: VerificationConfig = VerificationConfig()
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
     coordination: CoordinationConfig = CoordinationConfig()
@@ -155,10 +181,30 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> RunConfig:
-        round_rows = self.speculation.width + 1
-        if self.engine.max_num_batched_tokens < round_rows:
+        if self.certified and self.model.quantization == "none":
+            raise ValueError("verification.certify: full has nothing to check with model.quantization: none; leave one out")
+        if self.verification.reference is not None and not self.certified:
+            raise ValueError("verification.reference is the model that certifies; it needs verification.certify: full")
+        wide, name = max((self.speculation.width, "num_speculative_tokens"), (self.width, "certify_window"))
+        if self.engine.max_num_batched_tokens <= wide:
             raise ValueError(
-                f"engine.max_num_batched_tokens must be at least num_speculative_tokens + 1 = {round_rows}, "
-                "or no sequence could ever be checked"
+                f"engine.max_num_batched_tokens must be at least {name} + 1 = {wide + 1}, or no sequence could ever be checked"
             )
         return self
+
+    @property
+    def certified(self) -> bool:
+        return self.verification.certify == "full"
+
+    @property
+    def verifier(self) -> ModelConfig:
+        """The model whose output it is: the target, or the 16-bit model that certifies it."""
+        if not self.certified:
+            return self.model
+        directory = self.verification.reference or self.model.target
+        return self.model.model_copy(update={"target": directory, "quantization": "none", "lm_head": "16bit"})
+
+    @property
+    def width(self) -> int:
+        """The most tokens that one of the verifier's rounds is given to check of one sequence."""
+        return self.verification.certify_window if self.certified else self.speculation.width

@@ -27,14 +27,14 @@ from launcher.vocabulary import Vocabulary
 from runtime.coordinator import Coordinator, Finished, Refused
 from runtime.group import Limits
 from runtime.messages import Failure, Stop
-from runtime.request import Request
+from runtime.request import Request, SpeculationStats
 from workers.shell import Shell
 from workers.transport import Server
 
 
 def fingerprint(config: RunConfig, defaults: Defaults) -> str:
     """What the text of a result depends on beside its request; results of two fingerprints don't mix in one output."""
-    model = config.model.model_dump() | {"target": Path(config.model.target).resolve().name}
+    model = config.verifier.arithmetic | {"target": Path(config.verifier.target).resolve().name}
     job = {"seed": config.seed, "max_model_len": config.engine.max_model_len, "defaults": asdict(defaults)}
     return json.dumps(model | job, sort_keys=True)
 
@@ -51,11 +51,12 @@ def system_fingerprint(target: Path, ranks: set[str], defaults: Defaults) -> str
 def limits(config: RunConfig) -> Limits:
     """How plans are made: a lease of rounds with the next one sent ahead, or a round at a time."""
     in_group = config.coordination.merge == "group"
+    lease = config.coordination.lease or (1 if config.certified else 4)
     return Limits(
         max_num_seqs=config.engine.max_num_seqs,
         block_size=config.engine.block_size,
-        width=config.speculation.width,
-        rounds=config.coordination.lease if in_group else 1,
+        width=config.width,
+        rounds=lease if in_group else 1,
         ahead=1 if in_group else 0,
     )
 
@@ -120,7 +121,7 @@ class Job:
     def writer(self) -> Writer:
         """Makes the rows, once the ranks have said what they run."""
         if self._writer is None:
-            target = Path(self.config.model.target)
+            target = Path(self.config.verifier.target)
             ranks = {hello.fingerprint for hello in self.machine.hellos.values()}
             self._writer = Writer(target.name, system_fingerprint(target, ranks, self.defaults), self.vocabulary)
         return self._writer
@@ -138,9 +139,18 @@ class Job:
             seconds=0.0 if self.started is None else time.monotonic() - self.started,
             rounds=self.machine.num_rounds,
             stats=self.machine.stats,
+            inner=self._inner() if self.config.certified else None,
             seconds_by_part=seconds,
             peak_memory_bytes={f.rank: f.peak_memory for f in farewells},
         )
+
+    def _inner(self) -> SpeculationStats:
+        """What speculation did for the int4 model, over all groups."""
+        total = SpeculationStats()
+        for first, *_ in self.machine.groups:
+            if first in self.machine.farewells:
+                total.add(self.machine.farewells[first].inner)
+        return total
 
 
 def coordinate(config: RunConfig, groups: list[tuple[int, ...]], endpoint: str) -> int:
@@ -176,9 +186,9 @@ def prepare(config: RunConfig, machine: Coordinator) -> Job:
         raise InputError("no input or no output: give --input and --output, or files.input and files.output")
     requests = scan(config.files.input)
     Path(config.files.output).parent.mkdir(parents=True, exist_ok=True)
-    defaults = read_defaults(config.model.target, config.sampling.defaults)
+    defaults = read_defaults(config.verifier.target, config.sampling.defaults)
     journal = Journal.open(config.files.output, requests, fingerprint(config, defaults))
-    job = Job(config, requests, journal, machine, load_tokenizer(config.model.target), defaults)
+    job = Job(config, requests, journal, machine, load_tokenizer(config.verifier.target), defaults)
     machine.decode, machine.decode_special = job.vocabulary.decode, job.vocabulary.decode_special
     return job
 

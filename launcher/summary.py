@@ -21,7 +21,8 @@ class SummaryError(Exception):
 class Summary:
     """One run. Tokens and seconds are this run's; `requests` counts the whole input, `failed` and `resumed` are in it.
 
-    `seconds_by_part` has the keys of `PARTS`; `peak_memory_bytes` is by rank; `stats` are the job's speculation counts.
+    `seconds_by_part` has the keys of `PARTS`; `peak_memory_bytes` is by rank; `stats` are the job's speculation counts. Of a
+    certified run these are of the 16-bit model's checks of the int4 model's tokens, and `inner` of the int4 model's own.
     """
 
     requests: int
@@ -32,6 +33,7 @@ class Summary:
     seconds: float
     rounds: int
     stats: SpeculationStats = field(default_factory=SpeculationStats)
+    inner: SpeculationStats | None = None
     seconds_by_part: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     peak_memory_bytes: dict[int, int] = field(default_factory=dict)
 
@@ -46,17 +48,12 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """What the file holds."""
-        stats = self.stats
+        own = {name: value for name, value in asdict(self).items() if name not in ("stats", "inner")}
         return {
-            **{name: value for name, value in asdict(self).items() if name != "stats"},
+            **own,
             "tokens_per_second": self.tokens_per_second,
-            "num_draft_tokens": stats.num_drafted,
-            "num_accepted_draft_tokens": stats.num_accepted,
-            "drafted_per_position": list(stats.drafted),
-            "accepted_per_position": list(stats.accepted),
-            "acceptance_histogram": list(stats.histogram),
-            "mean_acceptance_length": stats.mean_acceptance_length,
-            "draft_acceptance_rate": stats.draft_acceptance_rate,
+            **speculation(self.stats),
+            "certification": None if self.inner is None else certification(self.stats, self.inner),
             "peak_memory_bytes": {str(rank): size for rank, size in sorted(self.peak_memory_bytes.items())},
         }
 
@@ -66,3 +63,26 @@ class Summary:
             write_whole(path, json.dumps(self.as_dict(), indent=2).encode() + b"\n")
         except OSError as error:
             raise SummaryError(f"cannot write the summary {path}: {error.strerror}") from error
+
+
+def speculation(stats: SpeculationStats) -> dict[str, Any]:
+    """How many drafts were checked, and stood."""
+    return {
+        "num_draft_tokens": stats.num_drafted,
+        "num_accepted_draft_tokens": stats.num_accepted,
+        "drafted_per_position": list(stats.drafted),
+        "accepted_per_position": list(stats.accepted),
+        "acceptance_histogram": list(stats.histogram),
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "draft_acceptance_rate": stats.draft_acceptance_rate,
+    }
+
+
+def certification(outer: SpeculationStats, inner: SpeculationStats) -> dict[str, Any]:
+    """What became of the int4 model's tokens: per sequence and check of the 16-bit model."""
+    return {
+        "share_that_stood": outer.draft_acceptance_rate,
+        "mean_window": outer.num_drafted / outer.steps if outer.steps else 0.0,
+        "tokens_per_check": outer.mean_acceptance_length,
+        "int4_speculation": speculation(inner),
+    }

@@ -61,16 +61,16 @@ class Engine:
         self._model = model
         self._cache = cache
         self._comm = comm
-        self._drafter = drafter
+        self.drafter = drafter
         self._budget = budget
-        self._width = width
+        self.width = width
         self._resident = resident
 
     def admit(self, sequence: Sequence) -> None:
         self.sequences[sequence.slot] = sequence
 
     def release(self, slot: int) -> None:
-        self._drafter.release(self.sequences.pop(slot))
+        self.drafter.release(self.sequences.pop(slot))
 
     def rounds(self, count: int) -> Iterator[Outcome]:
         """Runs up to `count` rounds within the group; ends early when no sequence has work left. Raises what rounds raise."""
@@ -95,7 +95,7 @@ class Engine:
 
     def _on_device(self, resident: Resident, count: int) -> Iterator[tuple[Decision, Logprobs | None]]:
         with self.clock.part("draft"):
-            resident.begin(self.sequences.values(), count, dict.fromkeys(self.sequences, self._width))
+            resident.begin(self.sequences.values(), count, dict.fromkeys(self.sequences, self.width))
         with self.clock.part("forward"):
             for _ in range(count):
                 resident.launch()
@@ -109,9 +109,9 @@ class Engine:
 
     def draft(self) -> Round:
         """Schedules the next round and drafts for it."""
-        works = schedule(self.sequences.values(), self._budget, self._width, self._cache.block_size)
+        works = schedule(self.sequences.values(), self._budget, self.width, self._cache.block_size)
         with self.clock.part("draft"):
-            proposed = iter(self._drafter.propose([work for work in works if work.num_drafts > 0]))
+            proposed = iter(self.drafter.propose([work for work in works if work.num_drafts > 0]))
         drafts = [self._known(next(proposed)) if work.num_drafts > 0 else [] for work in works]
         return Round(
             works,

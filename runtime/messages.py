@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence as Frames
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.logprobs import Logprobs
+from runtime.request import SpeculationStats
 from runtime.sequence import Sampling
 from runtime.verify import Decision, Floats, Ints
 
@@ -144,17 +145,21 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Farewell:
-    """Rank -> coordinator, its last message: seconds by part, and peak memory in bytes."""
+    """Rank -> coordinator, its last message: seconds by part, and peak memory in bytes.
+
+    `inner`: under certification, what speculation did for the int4 model; the group's first rank counts for the group.
+    """
 
     rank: int
     rounds: int
     seconds: dict[str, float]
     peak_memory: int
+    inner: SpeculationStats = field(default_factory=SpeculationStats)
 
 
 Message = Hello | Plan | Verdict | Report | Alive | Failure | Stop | Farewell
 KINDS: dict[str, type] = {c.__name__: c for c in (Hello, Plan, Verdict, Report, Alive, Failure, Stop, Farewell)}
-PARTS: dict[str, type] = {c.__name__: c for c in (Admission, Sampling, Decision, Logprobs)}
+PARTS: dict[str, type] = {c.__name__: c for c in (Admission, Sampling, Decision, Logprobs, SpeculationStats)}
 OPTIONAL: dict[Any, type] = {Decision | None: Decision, Logprobs | None: Logprobs}
 HINTS = {c: get_type_hints(c) for c in (*KINDS.values(), *PARTS.values())}
 
@@ -214,8 +219,8 @@ def _check(name: str, hint: Any, value: Any, arrays: Any) -> Any:
         return _array(name, np.int32 if hint == Ints else np.float32, value, arrays)
     if hint in OPTIONAL:
         return None if value is None else _part(name, OPTIONAL[hint], value, arrays)
-    if hint is Sampling:
-        return _part(name, Sampling, value, arrays)
+    if hint in (Sampling, SpeculationStats):
+        return _part(name, hint, value, arrays)
     if hint == list[Admission] and isinstance(value, list):
         return [_part(name, Admission, item, arrays) for item in value]
     if hint is float and type(value) is int:

@@ -82,7 +82,7 @@ def start(config: RunConfig, size: int) -> list[tuple[Rank, Mailbox, Hello]]:
     load = load_once if size == 1 else load_model
     with (
         mock.patch("workers.build.connect", connect),
-        mock.patch("workers.build.load_model", load),
+        mock.patch("workers.models.load_model", load),
         ThreadPoolExecutor(size) as pool,  # while they load, ranks try their layers together
     ):
         return list(pool.map(one, group))

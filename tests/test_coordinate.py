@@ -155,7 +155,7 @@ def test_rows_are_marked_with_what_makes_them(tmp_path: Path) -> None:
 
 def test_what_ranks_say_of_themselves_leaves_out_what_decides_nothing() -> None:
     def said(*overrides: str) -> Hello:
-        with mock.patch("workers.build.load_model", load_once):
+        with mock.patch("workers.models.load_model", load_once):
             return build(demo_config(*overrides), Place(0, 0, [(0,)], 0, 1, True, "test"))[1]
 
     base = said()

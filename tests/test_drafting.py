@@ -67,6 +67,20 @@ def test_one_by_one_is_the_same_as_at_once(seed: int) -> None:
     assert at_once.find(text) == one_by_one.find(text)
 
 
+@pytest.mark.parametrize("shortest", [1, 2, 3])
+def test_what_was_taken_back_was_never_there(shortest: int, seed: int) -> None:
+    rng = random.Random(f"{seed} {shortest}")
+    for _ in range(200):
+        index, text = MatchIndex(shortest, 5), list[int]()
+        for _ in range(6):
+            more = [rng.randrange(3) for _ in range(rng.randint(0, 9))]
+            index.extend(more)
+            text = [*text, *more][: rng.randint(0, len(text) + len(more))]
+            index.truncate(len(text))
+            assert index.find(text) == brute_force(text, text, shortest, 5)
+            assert index.tokens.tolist() == text
+
+
 def test_the_longest_wins_and_the_latest_of_equals() -> None:
     index = MatchIndex(1, 3)
     index.extend([1, 2, 3, 9, 2, 3, 8, 2, 3])
@@ -98,6 +112,15 @@ def test_own_text(drafter: NgramDrafter) -> None:
     assert drafter.propose([work(mine, 1)]) == [[4]]
     mine.commit([5, 6, 1, 2, 3])
     assert drafter.propose([work(mine, 2)]) == [[5, 6]], "the latest of equals, in tokens committed since"
+
+
+@pytest.mark.parametrize("drafter", [NgramDrafter(2, 4), SuffixDrafter(2, 4)])
+def test_tokens_that_were_taken_back_are_not_drafted_from(drafter: NgramDrafter) -> None:
+    mine = sequence([1, 2, 3, 1, 2])
+    drafter.rewind(mine)  # which it has not seen yet
+    assert drafter.propose([work([*mine.tokens, 7, 8, 1, 2], 1)]) == [[7]]
+    drafter.rewind(mine)
+    assert drafter.propose([work(mine, 1)]) == [[3]]
 
 
 @pytest.mark.parametrize("drafter", [NgramDrafter(2, 4), SuffixDrafter(2, 4)])

@@ -31,6 +31,7 @@ from runtime.messages import (
     decode,
     encode,
 )
+from runtime.request import SpeculationStats
 from runtime.sequence import Sampling
 
 
@@ -91,7 +92,10 @@ def some_message(kind: str, rng: random.Random) -> Message:
         "Alive": lambda: Alive(rng.choice([-1, number()])),
         "Failure": lambda: Failure(number(), number(), text),
         "Stop": lambda: Stop(number(), text),
-        "Farewell": lambda: Farewell(number(), number(), {text: rng.random(), "draft": 0.0}, number()),
+        "Farewell": lambda: Farewell(
+            number(), number(), {text: rng.random(), "draft": 0.0}, number(),
+            SpeculationStats(number(), numbers(), numbers(), numbers()),
+        ),
     }  # fmt: skip
     message: Message = makers[kind]()
     return message

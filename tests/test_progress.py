@@ -107,6 +107,7 @@ def test_a_summary_in_full(tmp_path: Path) -> None:
         "acceptance_histogram": [0, 0, 1],
         "mean_acceptance_length": 3.0,
         "draft_acceptance_rate": 0.5,
+        "certification": None,
         "seconds_by_part": dict.fromkeys(PARTS, 0.0),
         "peak_memory_bytes": {"0": 5, "1": 7, "10": 9},
     }

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +20,7 @@ from configs.schema import RunConfig
 from runtime.blocks import blocks_for
 from runtime.clock import Clock
 from runtime.comm import Communicator, SharedMemory, Solo, TorchGroup
+from runtime.drafting.cascade import Cascade
 from runtime.drafting.drafter import Drafter, NgramDrafter, NoDrafter, SuffixDrafter
 from runtime.drafting.model import ModelDrafter
 from runtime.drafting.resident import Given, Lookup, Proposer, Replica
@@ -30,16 +30,13 @@ from runtime.graphs import Graphs, capture_on
 from runtime.kernels.build import BuildError
 from runtime.kv_cache import KVCache
 from runtime.messages import Hello
-from runtime.model import Model, load_model
+from runtime.model import Model
 from runtime.resident import Resident
 from workers.memory import free_memory
 from workers.metered import Metered
+from workers.models import BuildRefused, load_models
 
 log = logging.getLogger(__name__)
-
-
-class BuildRefused(Exception):
-    """The configuration asks for what this machine or these models cannot give; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,45 +69,48 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     clock = Clock()
     connected = connect(config, place, device)
     comm = Metered(connected, clock)
-    model = load_model(config.model, comm, device)
-    longest = min(config.engine.max_model_len or model.max_model_len, model.max_model_len)
+    models = load_models(config, comm, device)
+    verifier = models.verifier
+    longest = min(config.engine.max_model_len or verifier.max_model_len, verifier.max_model_len)
     if isinstance(connected, SharedMemory):
         connected.timeout = config.coordination.timeout  # from here on a collective takes a forward at the longest
-    replica = load_replica(config, model, device)
-    num_blocks = size_cache(config, place, device, longest, [model] if replica is None else [model, replica])
-    block_size = config.engine.block_size
-    cache = KVCache(model.cache_shape, num_blocks, block_size, model.dtype, device)
-    budget, width = config.engine.max_num_batched_tokens, config.speculation.width
-    own = make_drafter(config, replica, num_blocks, device)
-    drafter = Shared(own, comm, device) if comm.size > 1 and width else own
+    num_blocks = size_cache(config, place, device, longest, models.cached)
+    cache = KVCache(verifier.cache_shape, num_blocks, config.engine.block_size, verifier.dtype, device)
+    budget = config.engine.max_num_batched_tokens
+    own = make_drafter(config, models.replica, num_blocks, device)
+    drafter: Drafter = Shared(own, comm, device) if comm.size > 1 and config.speculation.width else own
     resident: Resident | None = None
     if lives_on(device):
         proposer = make_proposer(config, own, drafter, comm, device)
         graphs = Graphs(capture_on(device))
-        resident = Resident(model, cache, comm, proposer, graphs, config.engine.max_num_seqs, longest, budget)
-    engine = Engine(model, cache, comm, drafter, budget, width, clock, resident)
-    settings = config.model_dump_json(exclude={"files"}) + model.digest + (replica.digest if replica else "")
+        resident = Resident(models.fast, cache, comm, proposer, graphs, config.engine.max_num_seqs, longest, budget)
+    if config.certified:
+        inner = Engine(models.fast, cache, comm, drafter, budget, config.speculation.width, Clock(), resident)
+        drafter, resident = Cascade(inner, drafter), None  # what lives on the device are the int4 model's rounds
+    engine = Engine(verifier, cache, comm, drafter, budget, config.width, clock, resident)
+    settings = config.model_dump_json(exclude={"files"}) + models.digest
     hello = Hello(
         rank=place.rank,
         group=place.group,
         digest=blake2b(settings.encode(), digest_size=16).hexdigest(),
         num_blocks=num_blocks,
         max_model_len=longest,
-        vocab_size=model.vocab_size,
-        end_tokens=sorted(model.end_tokens),
-        fingerprint=fingerprint(config, model, longest, len(place.members), device),
+        vocab_size=verifier.vocab_size,
+        end_tokens=sorted(verifier.end_tokens),
+        fingerprint=fingerprint(config, verifier, longest, len(place.members), device),
     )
     return engine, hello
 
 
-def fingerprint(config: RunConfig, model: Model, longest: int, ranks: int, device: torch.device) -> str:
+def fingerprint(config: RunConfig, verifier: Model, longest: int, ranks: int, device: torch.device) -> str:
     """Hex, the same wherever the same request gets the same tokens: of the model, its arithmetic and what does it.
 
-    What drafts, how rounds are made and how many groups there are decide nothing and are left out.
+    What drafts, how rounds are made and how many groups there are decide nothing and are left out. So certified output
+    has the fingerprint of what it equals, the 16-bit model's.
     """
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    arithmetic = config.model.model_dump_json(exclude={"target"})
-    parts = [model.digest, arithmetic, str(model.dtype), longest, ranks, device.type, kind, torch.__version__, release()]
+    arithmetic = json.dumps(config.verifier.arithmetic, sort_keys=True)
+    parts = [verifier.digest, arithmetic, str(verifier.dtype), longest, ranks, device.type, kind, torch.__version__, release()]
     return blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 
@@ -173,29 +173,6 @@ def interface_to(host: str) -> str | None:
         return None
     names = (name for name, addresses in psutil.net_if_addrs().items() if address in {a.address for a in addresses})
     return next(names, None)
-
-
-def load_replica(config: RunConfig, target: Model, device: torch.device) -> Model | None:
-    """The draft model, whole and unquantised, for method: model."""
-    directory = config.speculation.model
-    if config.speculation.method != "model" or directory is None or config.speculation.width == 0:
-        return None
-    check_same_words(Path(config.model.target), Path(directory))
-    draft_config = config.model.model_copy(update={"target": directory, "quantization": "none"})
-    return load_model(draft_config, Solo(), device)
-
-
-def check_same_words(target: Path, draft: Path) -> None:
-    """Raises BuildRefused unless both tokenizers give the same ids to the same words; either may have unused ids more."""
-    try:
-        words = [json.loads((path / "tokenizer.json").read_text())["model"]["vocab"] for path in (target, draft)]
-    except (OSError, KeyError, ValueError):
-        log.warning("cannot compare the tokenizers of %s and %s: one has no readable tokenizer.json", target, draft)
-        return
-    if words[0] != words[1]:
-        raise BuildRefused(
-            f"speculation.model {draft} has another vocabulary than {target}: its drafts would mean other words"
-        )
 
 
 def size_cache(config: RunConfig, place: Place, device: torch.device, longest: int, models: list[Model]) -> int:

@@ -16,8 +16,9 @@ from runtime.loader import ModelError
 from runtime.messages import BadMessage, Failure
 from runtime.shard import CannotShard
 from runtime.verify import NotANumber
-from workers.build import BuildRefused, Place, build
+from workers.build import Place, build
 from workers.heartbeat import Watchdog
+from workers.models import BuildRefused
 from workers.rank import Rank
 from workers.transport import Client, TransportError
 

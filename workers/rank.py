@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.drafting.cascade import Cascade
 from runtime.engine import Engine, Round
 from runtime.messages import Admission, Farewell, Plan, Report, Stop, Verdict
+from runtime.request import SpeculationStats
 from runtime.sequence import Sequence
 from workers.memory import peak_memory
 from workers.transport import Client
@@ -37,8 +39,9 @@ class Rank:
             with self.engine.clock.part("coordinate"):
                 message = self.client.receive(None)
             if isinstance(message, Stop):
-                seconds = self.engine.clock.seconds
-                self.client.send(Farewell(self.rank, self._rounds, dict(seconds), peak_memory()))
+                seconds, drafter = dict(self.engine.clock.seconds), self.engine.drafter
+                inner = drafter.stats if isinstance(drafter, Cascade) else SpeculationStats()
+                self.client.send(Farewell(self.rank, self._rounds, seconds, peak_memory(), inner))
                 return message
             if isinstance(message, Plan):
                 if message.number == 1:

@@ -22,6 +22,9 @@ class Drafter(Protocol):
         id that is no token of the target's.
         """
 
+    def rewind(self, sequence: Sequence) -> None:
+        """Tokens were taken back that it was asked about: the sequence's committed ones are all that still hold."""
+
     def release(self, sequence: Sequence) -> None:
         """The sequence left its slot: finished, or put back to be computed again later."""
 
@@ -31,6 +34,9 @@ class NoDrafter:
 
     def propose(self, works: list[Work]) -> list[list[int]]:
         return [[] for _ in works]
+
+    def rewind(self, sequence: Sequence) -> None:
+        pass
 
     def release(self, sequence: Sequence) -> None:
         pass
@@ -51,6 +57,10 @@ class NgramDrafter:
             end, length = index.find(index.tokens)
             drafts.append(index.copy(end, work.num_drafts) if length else [])
         return drafts
+
+    def rewind(self, sequence: Sequence) -> None:
+        if sequence.slot in self._own:
+            self._own[sequence.slot].truncate(sequence.num_committed)
 
     def release(self, sequence: Sequence) -> None:
         self._own.pop(sequence.slot, None)

@@ -32,6 +32,17 @@ class MatchIndex:
             self._latest[gram] = end
         self._indexed = max(self._indexed, len(self.tokens) - 1)
 
+    def truncate(self, length: int) -> None:
+        """Takes back all tokens but the first `length`, as if they had never come."""
+        for end in range(self._indexed, max(length, self._shortest) - 1, -1):
+            gram = tuple(self.tokens[end - self._shortest : end])
+            if self._before[end]:
+                self._latest[gram] = self._before[end]
+            else:
+                del self._latest[gram]
+        del self.tokens[length:], self._before[length:]
+        self._indexed = min(self._indexed, max(0, length - 1))
+
     def find(self, context: Tokens[int]) -> tuple[int, int]:
         """(end, length) of the longest match of the context's last tokens, the latest of equals; (0, 0) for none."""
         if len(context) < self._shortest:

@@ -48,6 +48,9 @@ class ModelDrafter:
                 self._computed[work.sequence.slot] = work.sequence.num_committed + len(chain) - 1
         return chains
 
+    def rewind(self, sequence: Sequence) -> None:
+        self._computed[sequence.slot] = self._start(sequence)
+
     def release(self, sequence: Sequence) -> None:
         self._computed.pop(sequence.slot, None)
 

@@ -37,5 +37,8 @@ class Shared:
         drafts: list[list[int]] = tables[owners, np.arange(len(works))].tolist()
         return drafts
 
+    def rewind(self, sequence: Sequence) -> None:
+        self._drafter.rewind(sequence)
+
     def release(self, sequence: Sequence) -> None:
         self._drafter.release(sequence)
