@@ -101,6 +101,10 @@ class VerificationConfig(Section):
     certify_window: Annotated[int, Field(ge=1, le=256)] = Field(
         16, description="tokens the int4 model writes in a sequence before the 16-bit model checks them in one pass"
     )
+    certify_weights: Literal["device", "host"] = Field(
+        "device", description="where the 16-bit model's layers are kept; from the host they come to the device one after the "
+        "other in every pass, and take there what two layers take"
+    )
 
 
 class ParallelConfig(Section):

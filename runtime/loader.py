@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.schema import ModelConfig
+from runtime.belt import Belt
 from runtime.checkpoint import Checkpoint, ModelError
 from runtime.comm import Communicator
 from runtime.layout import Layout
@@ -39,7 +41,8 @@ HEAD_ROWS = 16384  # of a vocabulary that are rounded at a time
 
 @dataclass
 class Loader:
-    """Puts the weights of a checkpoint into a skeleton, one source tensor at a time."""
+    """Puts the weights of a checkpoint into a skeleton, one source tensor at a time. belt: what brings dense weights of layers
+    from host memory, where they stay; None keeps them on the device."""
 
     module: PreTrainedModel
     config: ModelConfig
@@ -49,6 +52,7 @@ class Loader:
     device: torch.device
     comm: Communicator
     schemes: dict[str, Scheme]
+    belt: Belt | None = None
 
     def fill(self, layout: Layout, tied: dict[str, str]) -> int:
         """Replaces and fills all modules. Returns the bytes of weights held."""
@@ -81,13 +85,13 @@ class Loader:
             held += product.nbytes + (0 if bias is None else bias.nbytes)
             swaps[rows.path] = RowParallel(product, bias, comm, rows.span if rows.whole_input else None)
         for path in layout.whole:
-            dense = Dense(self._weight(path), self.kernels)
+            dense = self._dense(path, self._weight(path))
             siblings = Siblings(dense, [dense.out_features], self._bias([path], [None]))
             held += siblings.nbytes
             swaps[path] = ColumnParallel(siblings)
         for path, swap in swaps.items():
             replace(self.module, path, swap)
-        return held + self._rest()
+        return held + self._rest() + (self.belt.start() if self.belt is not None else 0)
 
     def _head(self, path: str, stored: str, span: Span, table: Tensor | None) -> Product:
         """The head's product; `table` is the embedding's weight if it is the head's too; `stored`: its name in the files."""
@@ -113,12 +117,19 @@ class Loader:
         """One product of linears' slices (path, rows, columns), laid one under the other."""
         made = [self._part(*part) for part in parts]
         if all(isinstance(weight, Tensor) for weight, _ in made):
-            return Dense(torch.cat([weight for weight, _ in made if isinstance(weight, Tensor)]), self.kernels)
+            return self._dense(parts[0][0], torch.cat([weight for weight, _ in made if isinstance(weight, Tensor)]))
         fours = [weight for weight, _ in made if isinstance(weight, Int4Weight)]
         order, inputs = made[0][1], parts[0][2].width
         if len(fours) == len(made) and len({w.group_size for w in fours}) == 1 and all(_same(o, order) for _, o in made):
             return self._packed(merge(fours), order, inputs)
         return Stacked([Dense(w, self.kernels) if isinstance(w, Tensor) else self._packed(w, o, inputs) for w, o in made])
+
+    def _dense(self, path: str, weight: Tensor) -> Product:
+        """A weight of a linear, or of those with which it stands in one layer; layers have numbers in their paths."""
+        layer = re.search(r"\.(\d+)\.", path)
+        if self.belt is None or layer is None:
+            return Dense(weight, self.kernels)
+        return self.belt.carry(int(layer[1]), weight, self.kernels)
 
     def _packed(self, weight: Int4Weight, order: Tensor | None, inputs: int) -> Product:
         product = Int4(self.kernels.pack_int4(weight, self.config.activations), self.kernels)

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from configs.schema import ModelConfig
 from runtime.batch import Batch
+from runtime.belt import Belt
 from runtime.checkpoint import DTYPES, Checkpoint, ModelError, read_json
 from runtime.comm import Communicator
 from runtime.decoder import Decoder, fuse
@@ -95,11 +96,13 @@ def attend(
 AttentionInterface.register(ATTENTION, attend)
 
 
-def load_model(config: ModelConfig, comm: Communicator, device: torch.device | str = "cpu") -> Model:
+def load_model(
+    config: ModelConfig, comm: Communicator, device: torch.device | str = "cpu", visiting: bool = False
+) -> Model:
     """Builds the architecture, reads this rank's slices of the checkpoint, quantises and packs them.
 
     Weights that are stored in four bits are taken as they are, in the checkpoint's own groups; with quantization: none
-    they are expanded to `dtype`.
+    they are expanded to `dtype`. visiting: the dense weights of layers stay in host memory, and are on the device by turns.
 
     Names, shapes and files are checked before anything is computed. Raises ModelError, CannotShard.
     """
@@ -121,7 +124,8 @@ def load_model(config: ModelConfig, comm: Communicator, device: torch.device | s
         layout = lay_out(module, _unit(config, schemes), comm.rank, comm.size)
         vocab_size = module.get_output_embeddings().out_features
         kernels = select(device)
-        held = Loader(module, config, checkpoint, kernels, dtype, device, comm, schemes).fill(layout, tied)
+        belt = Belt(device) if visiting else None
+        held = Loader(module, config, checkpoint, kernels, dtype, device, comm, schemes, belt).fill(layout, tied)
     finally:
         checkpoint.close()
     if device.type == "cpu":

@@ -74,7 +74,7 @@ SETTINGS = {
     "nothing drafts for int4": ["speculation.method=none", "verification.certify_window=5"],
     "a draft model": ["speculation.method=model", "verification.certify_window=33", "coordination.lease=3"],
     "coordinator merges": ["speculation.method=suffix", "coordination.merge=coordinator", "engine.max_num_seqs=5"],
-    "window of 1": ["verification.certify_window=1"],
+    "window of 1, weights on the host": ["verification.certify_window=1", "verification.certify_weights=host"],
     "small chunks": ["engine.max_num_batched_tokens=29", "verification.certify_window=9"],
     "small cache": ["engine.kv_cache_memory={small}", "engine.block_size=8", "verification.certify_window=7"],
 }

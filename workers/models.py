@@ -59,7 +59,7 @@ def load_verifier(config: RunConfig, comm: Communicator, device: torch.device) -
             f"{directory} is stored in few bits, and what certifies is the 16-bit model it was made of: name that model's "
             "directory in verification.reference"
         )
-    return load_model(config.verifier, comm, device)
+    return load_model(config.verifier, comm, device, visiting=config.verification.certify_weights == "host")
 
 
 def load_cheap(config: RunConfig, verifier: Model, comm: Communicator, device: torch.device) -> Model:
