@@ -74,7 +74,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def explain(error: ValidationError) -> Iterator[str]:
     """One line a problem: the key, what is wrong, and the nearest known key where the name is unknown."""
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
+        path = [str(part) for part in problem["loc"][:2]]  # what comes behind a section's key is which of its types was tried
         key = ".".join(path) or "configuration"
         if problem["type"] == "extra_forbidden":
             known = known_keys(path[:-1])

@@ -26,6 +26,8 @@ def parse_bytes(value: Any) -> Any:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Positive = Annotated[int, Field(gt=0)]
+MOST_DRAFTS = 32  # of a sequence in a round
+INNER_DRAFTS = 5  # the same inside a certified window, where nobody chooses
 
 
 class Section(BaseModel):
@@ -69,7 +71,11 @@ class SpeculationConfig(Section):
         "ngram", description="drafts come from the sequence itself, from all text of the job, from a small model, or not at all"
     )
     model: str | None = Field(None, description="directory of the draft model, for method: model")
-    num_speculative_tokens: Annotated[int, Field(ge=0, le=32)] = Field(5, description="k: drafts per sequence and round")
+    num_speculative_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=MOST_DRAFTS)] = Field(
+        5,
+        description="k: drafts per sequence and round; auto chooses for every sequence what gives most tokens per second, from "
+        "what rounds take and from what stood, and none where drafts don't pay",
+    )
     prompt_lookup_min: Positive = Field(1, description="shortest match that ngram and suffix draft from, in tokens")
     prompt_lookup_max: Positive = Field(4, description="longest match looked for, in tokens")
 
@@ -84,7 +90,9 @@ class SpeculationConfig(Section):
     @property
     def width(self) -> int:
         """The most tokens one round drafts for one sequence."""
-        return 0 if self.method == "none" else self.num_speculative_tokens
+        if self.method == "none":
+            return 0
+        return MOST_DRAFTS if self.num_speculative_tokens == "auto" else self.num_speculative_tokens
 
 
 class VerificationConfig(Section):
@@ -189,12 +197,19 @@ class RunConfig(Section):
             raise ValueError("verification.certify: full has nothing to check with model.quantization: none; leave one out")
         if self.verification.reference is not None and not self.certified:
             raise ValueError("verification.reference is the model that certifies; it needs verification.certify: full")
-        wide, name = max((self.speculation.width, "num_speculative_tokens"), (self.width, "certify_window"))
+        drafts = 0 if self.chosen else self.inner_width if self.certified else self.width
+        window = self.width if self.certified else 0
+        wide, name = max((drafts, "num_speculative_tokens"), (window, "certify_window"))
         if self.engine.max_num_batched_tokens <= wide:
             raise ValueError(
                 f"engine.max_num_batched_tokens must be at least {name} + 1 = {wide + 1}, or no sequence could ever be checked"
             )
         return self
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the coordinator chooses numbers of drafts."""
+        return self.speculation.num_speculative_tokens == "auto" and self.speculation.method != "none" and not self.certified
 
     @property
     def certified(self) -> bool:
@@ -212,3 +227,8 @@ class RunConfig(Section):
     def width(self) -> int:
         """The most tokens that one of the verifier's rounds is given to check of one sequence."""
         return self.verification.certify_window if self.certified else self.speculation.width
+
+    @property
+    def inner_width(self) -> int:
+        """The most tokens that are drafted for one of the int4 model's rounds, where another model certifies."""
+        return INNER_DRAFTS if self.speculation.num_speculative_tokens == "auto" else self.speculation.width

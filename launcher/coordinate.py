@@ -58,6 +58,7 @@ def limits(config: RunConfig) -> Limits:
         width=config.width,
         rounds=lease if in_group else 1,
         ahead=1 if in_group else 0,
+        fixed=not config.chosen,
     )
 
 

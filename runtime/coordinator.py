@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from configs import exits
+from runtime.acceptance import Acceptance, Counts
 from runtime.blocks import BlockPool
+from runtime.costs import Effort, RoundCosts, slowest
 from runtime.detokenizer import Decode, Stopped, StopWatch
 from runtime.group import Group, Limits
 from runtime.logprobs import Logprobs
@@ -20,7 +22,8 @@ from runtime.messages import Failure, Farewell, Hello, Message, Report, Stop, Ve
 from runtime.request import Completion, Request, SpeculationStats
 from runtime.sequence import Sampling, Sequence
 from runtime.track import Track
-from runtime.verify import Decision, NotANumber, decide, merge
+from runtime.tuner import Tuner
+from runtime.verify import Decision, Ints, NotANumber, decide, merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class Coordinator:
     _waiting: deque[Sequence] = field(default_factory=deque)
     _tracks: dict[tuple[int, int], Track] = field(default_factory=dict)
     _closed: bool = False
+    _history: Counts | None = None  # of drafts, over all groups
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -180,8 +184,22 @@ class Coordinator:
             return self._end(exits.DISAGREED, f"rank {hello.rank} takes itself for a member of group {hello.group}")
         if all(rank in self.hellos for rank in members):
             blocks = min(self.hellos[rank].num_blocks for rank in members)
-            self._ready[hello.group] = Group(hello.group, members, self.limits, BlockPool(blocks))
+            tuner = self._tuner([self.hellos[rank] for rank in members])
+            sources = hello.lookups + hello.chains
+            self._ready[hello.group] = Group(hello.group, members, self.limits, BlockPool(blocks), sources, tuner)
         return []
+
+    def _tuner(self, hellos: list[Hello]) -> Tuner | None:
+        """What chooses the numbers of drafts, where there is a choice."""
+        first, costs = hellos[0], [hello.costs for hello in hellos if hello.costs is not None]
+        if len(costs) < len(hellos) or not first.lookups + first.chains:
+            return None
+        if self._history is None:
+            self._history = Counts((first.lookups + first.chains, self.limits.width))
+        acceptance = Acceptance(self.limits.max_num_seqs, self._history)
+        fixed = self.limits.width if self.limits.fixed else None
+        table = RoundCosts(slowest(costs))
+        return Tuner(table, acceptance, self.limits.width, first.lookups, first.chains, first.even, fixed)
 
     def _group_of(self, rank: int) -> Group:
         return next(group for group in self._ready.values() if rank in group.ranks)
@@ -194,7 +212,9 @@ class Coordinator:
         heads = [group.reports[rank].popleft() for rank in group.ranks]  # one report makes one round whole at most
         if len({(h.plan, h.digest, h.last) for h in heads}) > 1 or heads[0].decision is None:
             return self._end(exits.DISAGREED, f"the ranks of group {group.number} decided differently: {digests(heads)}")
-        return self._commit(group, heads[0].plan, heads[0].decision, heads[0].logprobs, heads[0].last)
+        first, decision = heads[0], heads[0].decision
+        self._learn(group, decision, first.sources, [head.effort for head in heads])
+        return self._commit(group, first.plan, decision, first.logprobs, first.last)
 
     def _verdict(self, verdict: Verdict) -> list[Action]:
         group = self._group_of(verdict.rank)
@@ -211,7 +231,15 @@ class Coordinator:
             return self._end(exits.DEVICE, str(error))
         decision = decide(first.slots, first.decides.astype(bool), first.num_drafts, first.drafts, targets)
         group.decision = decision
+        self._learn(group, decision, first.sources, [v.effort for v in verdicts])
         return self._commit(group, first.plan, decision, first.logprobs, last=True)
+
+    def _learn(self, group: Group, decision: Decision, sources: Ints, efforts: list[Effort]) -> None:
+        """Lets the group's tuner know what became of a round; the slowest rank counts."""
+        if group.tuner is None or not group.under_way or len(sources) != len(decision.slots):
+            return
+        known = {slot: s for slot, s in group.under_way[0].sequences.items() if group.running.get(slot) is s}
+        group.tuner.observe(decision, sources, max(efforts, key=lambda effort: effort.seconds), known)
 
     def _commit(self, group: Group, number: int, decision: Decision, logprobs: Logprobs | None, last: bool) -> list[Action]:
         """Applies a round's decision to the sequences that its plan was made for."""

@@ -14,7 +14,7 @@ from runtime.batch import Batch, Piece
 from runtime.check import Check
 from runtime.clock import Clock
 from runtime.comm import Communicator
-from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafter import Draft, Drafter
 from runtime.kv_cache import KVCache
 from runtime.logprobs import Logprobs
 from runtime.model import Model
@@ -27,33 +27,47 @@ from runtime.verify import Decision, Ints, decide, merge
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A round before its decision. slots, num_drafts: int32 [S]; decides: bool [S]; drafts: int32 [sum of num_drafts]."""
+    """A round before its decision. slots, num_drafts: int32 [S]; decides: bool [S]; drafts: int32 [sum of num_drafts]; sources:
+    int32 [S], where they come from, -1 for a sequence that may have none."""
 
     works: list[Work]
     slots: Ints
     decides: NDArray[np.bool_]
     num_drafts: Ints
     drafts: Ints
+    sources: Ints
+
+    @property
+    def rows(self) -> int:
+        """Tokens that the target computes; 0 where some of them are a prompt's, which cost less than those that decide."""
+        whole = all(work.decides and work.count == 1 for work in self.works)
+        return len(self.works) + len(self.drafts) if whole else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a round came to; logprobs of the rows that asked. last: no round follows, of those that were wanted."""
+    """What a round came to; logprobs of the rows that asked. sources, rows: as of a round. last: no round follows, of those
+    that were wanted."""
 
     decision: Decision
     logprobs: Logprobs | None
+    sources: Ints
+    rows: int
     last: bool
+
+
+Made = tuple[Decision, Logprobs | None, Ints, int]
 
 
 class Engine:
     """Holds a rank's sequences and runs rounds over them, in step with the other ranks of its group.
 
     Every rank calls the same methods in the same order; what they compute differs only in the slice of the model.
-    budget: tokens a round computes at most; width: drafts per sequence at most.
+    budget: tokens a round computes at most.
     """
 
     def __init__(
-        self, model: Model, cache: KVCache, comm: Communicator, drafter: Drafter, budget: int, width: int, clock: Clock,
+        self, model: Model, cache: KVCache, comm: Communicator, drafter: Drafter, budget: int, clock: Clock,
         resident: Resident | None = None,
     ) -> None:  # fmt: skip
         self.clock = clock
@@ -63,7 +77,6 @@ class Engine:
         self._comm = comm
         self.drafter = drafter
         self._budget = budget
-        self.width = width
         self._resident = resident
 
     def admit(self, sequence: Sequence) -> None:
@@ -79,46 +92,48 @@ class Engine:
                 made = self._on_device(self._resident, min(count, self._resident.ahead))
             else:
                 made = self._on_host()
-            for decision, logprobs in made:
+            for decision, logprobs, sources, rows in made:
                 count -= 1
                 last = count == 0 or not len(decision.slots)
-                yield Outcome(decision, logprobs, last)
+                yield Outcome(decision, logprobs, sources, rows, last)
                 if last:
                     return
 
-    def _on_host(self) -> Iterator[tuple[Decision, Logprobs | None]]:
+    def _on_host(self) -> Iterator[Made]:
         round_ = self.draft()
         choice = self.verify(round_)
         decision = self.agree(round_, choice)
         self.apply(round_, decision)
-        yield decision, choice.logprobs
+        yield decision, choice.logprobs, round_.sources, round_.rows
 
-    def _on_device(self, resident: Resident, count: int) -> Iterator[tuple[Decision, Logprobs | None]]:
+    def _on_device(self, resident: Resident, count: int) -> Iterator[Made]:
         with self.clock.part("draft"):
-            resident.begin(self.sequences.values(), count, dict.fromkeys(self.sequences, self.width))
+            resident.begin(self.sequences.values(), count)
         with self.clock.part("forward"):
             for _ in range(count):
                 resident.launch()
         decisions = resident.decisions()
         for _ in range(count):
             with self.clock.part("forward"):
-                decision = next(decisions)
+                decision, sources = next(decisions)
             for slot, tokens in zip(decision.slots.tolist(), decision.each(), strict=True):
                 self.sequences[slot].commit(tokens)
-            yield decision, None
+            yield decision, None, sources, resident.rows
 
     def draft(self) -> Round:
         """Schedules the next round and drafts for it."""
-        works = schedule(self.sequences.values(), self._budget, self.width, self._cache.block_size)
+        works = schedule(self.sequences.values(), self._budget, self._cache.block_size)
         with self.clock.part("draft"):
             proposed = iter(self.drafter.propose([work for work in works if work.num_drafts > 0]))
-        drafts = [self._known(next(proposed)) if work.num_drafts > 0 else [] for work in works]
+        made = [next(proposed) if work.num_drafts > 0 else Draft([], -1) for work in works]
+        drafts = [self._known(draft.tokens) for draft in made]
         return Round(
             works,
             np.array([work.sequence.slot for work in works], np.int32),
             np.array([work.decides for work in works], np.bool_),
             np.array([len(draft) for draft in drafts], np.int32),
             np.array([token for draft in drafts for token in draft], np.int32),
+            np.array([draft.source for draft in made], np.int32),
         )
 
     def _known(self, draft: list[int]) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from runtime.blocks import BlockPool, blocks_for
 from runtime.messages import Admission, Plan, Report, Verdict
 from runtime.sequence import Sequence
+from runtime.tuner import Tuner
 from runtime.verify import Decision
 
 
@@ -16,7 +17,8 @@ class Limits:
     """What a group's plans are made within.
 
     width: most drafts per sequence and round. rounds: of a plan. ahead: rounds that may still be under way when the next
-    plan is sent; 0 where a plan needs the decision of the one before.
+    plan is sent; 0 where a plan needs the decision of the one before. fixed: whether every draft of `width` is to be had, or
+    as many as pay.
     """
 
     max_num_seqs: int
@@ -24,15 +26,18 @@ class Limits:
     width: int
     rounds: int
     ahead: int
+    fixed: bool = True
 
 
 @dataclass(slots=True)
 class UnderWay:
-    """A plan that ranks are working on. `sequences` are the slots as they were when it was made."""
+    """A plan that ranks are working on. `sequences` are the slots as they were when it was made, `growth` the most tokens that
+    one of its rounds may add to each."""
 
     number: int
     rounds_left: int
     sequences: dict[int, Sequence]
+    growth: dict[int, int]
 
 
 @dataclass(slots=True)
@@ -47,6 +52,8 @@ class Group:
     ranks: tuple[int, ...]
     limits: Limits
     pool: BlockPool
+    sources: int = 1  # of drafts
+    tuner: Tuner | None = None
     running: dict[int, Sequence] = field(default_factory=dict)  # by slot, in order of admission
     under_way: deque[UnderWay] = field(default_factory=deque)
     reports: dict[int, deque[Report]] = field(default_factory=dict)
@@ -104,12 +111,14 @@ class Group:
         self._forget({sequence.index for sequence in waiting})
         if self.rounds_under_way > self.limits.ahead:
             return None
-        before = {slot: list(s.blocks) for slot, s in self.running.items()}
+        before = {slot: (list(s.blocks), s.allowance) for slot, s in self.running.items()}
+        allowance = self._allow(max(0, min(len(self._free_slots), share - len(self.running), len(waiting))))
         for sequence in list(self.running.values()):
             if self.running.get(sequence.slot) is sequence:
                 self._reserve(sequence)
-        tables = {slot: list(s.blocks) for slot, s in self.running.items() if s.blocks != before[slot]}
-        admitted = self._admit(waiting, share)
+        changed = [s for slot, s in self.running.items() if s.blocks != before[slot][0]]
+        allowed = [s for slot, s in self.running.items() if s.allowance != before[slot][1]]
+        admitted = self._admit(waiting, share, allowance)
         if not self.running:
             return None
         self.plans += 1
@@ -119,15 +128,29 @@ class Group:
             decision=self.decision,
             release=self._release,
             admit=[admission(s) for s in admitted],
-            tables=tables | {s.slot: list(s.blocks) for s in admitted},
+            tables={s.slot: list(s.blocks) for s in changed + admitted},
+            allowances={s.slot: s.allowance for s in allowed + admitted},
         )
         self.decision, self._release = None, []
-        self.under_way.append(UnderWay(plan.number, plan.rounds, dict(self.running)))
+        growth = {slot: growth_of(s) for slot, s in self.running.items()}
+        self.under_way.append(UnderWay(plan.number, plan.rounds, dict(self.running), growth))
         return plan
+
+    def _allow(self, coming: int) -> list[int]:
+        """Says how many drafts each sequence may have in the next plan; returns what so many newcomers may have."""
+        running = list(self.running.values())
+        *chosen, newcomers = [[self.limits.width] * self.sources] * (len(running) + 1)
+        if self.tuner is not None and len(running) + coming:
+            *chosen, newcomers = self.tuner.choose(running, coming)
+        for sequence, allowance in zip(running, chosen, strict=True):
+            sequence.allowance = allowance
+        return newcomers
 
     def _reach(self, sequence: Sequence, rounds: int) -> int:
         """Tokens whose keys and values these many rounds, on top of those under way, may write at most."""
-        growth = (self.rounds_under_way + rounds) * (self.limits.width + 1)
+        growth = rounds * growth_of(sequence)
+        concerned = [plan for plan in self.under_way if plan.sequences.get(sequence.slot) is sequence]
+        growth += sum(plan.rounds_left * plan.growth[sequence.slot] for plan in concerned)
         return max(1, min(sequence.limit - 1, sequence.num_committed + growth))
 
     def _reserve(self, sequence: Sequence) -> None:
@@ -167,7 +190,7 @@ class Group:
         self.retire(sequence)
         self.leaving.append((self.plans + 1, sequence))
 
-    def _admit(self, waiting: deque[Sequence], share: int) -> list[Sequence]:
+    def _admit(self, waiting: deque[Sequence], share: int, allowance: list[int]) -> list[Sequence]:
         admitted: list[Sequence] = []
         passed_over: list[Sequence] = []
         while waiting and self._free_slots and len(self.running) < share:
@@ -176,15 +199,18 @@ class Group:
             if shared is None:
                 passed_over.append(sequence)
                 continue
+            sequence.allowance = allowance
             need = blocks_for(self._reach(sequence, self.limits.rounds), self.limits.block_size) - len(shared)
             # Room for the others to grow through one more plan, or they would push the newcomer out again at once.
-            margin = len(self.running) * blocks_for(self.limits.rounds * (self.limits.width + 1), self.limits.block_size)
+            margin = sum(blocks_for(self.limits.rounds * growth_of(s), self.limits.block_size) for s in self.running.values())
             if need + margin > self.pool.num_free:
                 self._forget({sequence.index} if shared else set())
             if need + margin > self.pool.num_free and self.running:
                 waiting.appendleft(sequence)
                 break
             sequence.slot = self._free_slots.pop()
+            if self.tuner is not None:
+                self.tuner.acceptance.forget(sequence.slot)
             sequence.num_computed = len(shared) * self.limits.block_size
             sequence.blocks = self.pool.share(shared) + self.pool.take(need)
             self.running[sequence.slot] = sequence
@@ -219,6 +245,11 @@ class Group:
         """Gives back what is kept for others than these requests."""
         for index in [index for index in self.kept if index not in heirs]:
             self.pool.give_back(self.kept.pop(index))
+
+
+def growth_of(sequence: Sequence) -> int:
+    """Tokens that one round adds at most."""
+    return max(sequence.allowance, default=0) + 1
 
 
 def admission(sequence: Sequence) -> Admission:

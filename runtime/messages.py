@@ -16,6 +16,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.costs import Costs, Effort
 from runtime.logprobs import Logprobs
 from runtime.request import SpeculationStats
 from runtime.sequence import Sampling
@@ -34,6 +35,9 @@ class Hello:
     """Rank -> coordinator, once its model is loaded.
 
     `digest` covers all settings, `fingerprint` only what decides which tokens come. `num_blocks` is what its KV cache holds.
+    `lookups` counts the sources of drafts that find something now and then, `chains` says whether one more always does;
+    `costs` is what rounds took, where numbers of drafts are to be chosen; `even` says that rounds are as wide as their longest
+    draft.
     """
 
     rank: int
@@ -44,6 +48,10 @@ class Hello:
     vocab_size: int
     end_tokens: list[int]
     fingerprint: str = ""
+    lookups: int = 0
+    chains: bool = False
+    even: bool = False
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,8 @@ class Plan:
     """Coordinator -> every rank of a group: what changes, then `rounds` rounds to run.
 
     Applied in this order: `decision` (the last round's, under merge: coordinator), `release` (slots), `admit`,
-    `tables` (slot -> all of its blocks, for the slots whose blocks changed).
+    `tables` (slot -> all of its blocks, for the slots whose blocks changed), `allowances` (slot -> the most drafts by source,
+    likewise), which hold for all rounds of the plan.
     """
 
     number: int
@@ -78,6 +87,7 @@ class Plan:
     release: list[int]
     admit: list[Admission]
     tables: dict[int, list[int]]
+    allowances: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +96,8 @@ class Verdict:
 
     slots, decides, num_drafts: int32 [S]; drafts: int32 [sum of num_drafts]; scores float32 and ids int32 [R], where a
     sequence that decides has `num_drafts + 1` rows. `logprobs` comes from the group's first rank alone, of all rows that
-    ask: those of drafts that will not stand are written over when their position is decided. seconds: what the round took.
+    ask: those of drafts that will not stand are written over when their position is decided. sources: int32 [S], where the
+    drafts came from, 0 for nowhere, -1 where nobody asked.
     """
 
     rank: int
@@ -98,7 +109,8 @@ class Verdict:
     scores: Floats
     ids: Ints
     logprobs: Logprobs | None = None
-    seconds: float = 0.0
+    sources: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    effort: Effort = field(default_factory=Effort)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,8 +118,8 @@ class Report:
     """Rank -> coordinator under merge: group: what the group decided in a round, or only that it did the same.
 
     `digest` covers all rounds up to this one. `decision` and `logprobs` (as in a verdict) come from the group's first rank
-    alone. `last` ends the plan, which may come before its rounds are used up when no sequence has work left. seconds: what
-    the round took.
+    alone. `sources` as in a verdict. `last` ends the plan, which may come before its rounds are used up when no
+    sequence has work left.
     """
 
     rank: int
@@ -116,7 +128,8 @@ class Report:
     last: bool
     decision: Decision | None
     logprobs: Logprobs | None = None
-    seconds: float = 0.0
+    sources: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    effort: Effort = field(default_factory=Effort)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +172,10 @@ class Farewell:
 
 Message = Hello | Plan | Verdict | Report | Alive | Failure | Stop | Farewell
 KINDS: dict[str, type] = {c.__name__: c for c in (Hello, Plan, Verdict, Report, Alive, Failure, Stop, Farewell)}
-PARTS: dict[str, type] = {c.__name__: c for c in (Admission, Sampling, Decision, Logprobs, SpeculationStats)}
-OPTIONAL: dict[Any, type] = {Decision | None: Decision, Logprobs | None: Logprobs}
+PARTS: dict[str, type] = {
+    c.__name__: c for c in (Admission, Sampling, Decision, Logprobs, SpeculationStats, Costs, Effort)
+}
+OPTIONAL: dict[Any, type] = {Decision | None: Decision, Logprobs | None: Logprobs, Costs | None: Costs}
 HINTS = {c: get_type_hints(c) for c in (*KINDS.values(), *PARTS.values())}
 
 
@@ -219,7 +234,7 @@ def _check(name: str, hint: Any, value: Any, arrays: Any) -> Any:
         return _array(name, np.int32 if hint == Ints else np.float32, value, arrays)
     if hint in OPTIONAL:
         return None if value is None else _part(name, OPTIONAL[hint], value, arrays)
-    if hint in (Sampling, SpeculationStats):
+    if hint in (Sampling, SpeculationStats, Effort):
         return _part(name, hint, value, arrays)
     if hint == list[Admission] and isinstance(value, list):
         return [_part(name, Admission, item, arrays) for item in value]

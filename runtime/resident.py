@@ -24,12 +24,12 @@ from runtime.kv_cache import KVCache
 from runtime.model import Model
 from runtime.sampling import local_best
 from runtime.sequence import Sequence
-from runtime.verify import Decision, NotANumber
+from runtime.verify import Decision, Ints, NotANumber
 
 ENDS = 8  # end tokens of a sequence; one with more runs on the host
-HEADER = 3  # of a row of output: it took part, its drafts, its tokens; then the tokens
+HEADER = 4  # of a row of output: it took part, its drafts, its tokens, its source; then the tokens
 ABSENT = -1
-COLUMNS = ("slot", "length", "limit", "room", "most", "seed", "temperature", "live")  # of a row of state; then ends, blocks
+COLUMNS = ("slot", "length", "limit", "room", "seed", "temperature", "live")  # of a row; then ends, allowances, blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ class Bucket:
 class Resident:
     """The running sequences of a rank, on its device, and the rounds over them.
 
-    proposer: who drafts on the device; None where nobody does. budget: rows of a round at most; longest: tokens of a
-    sequence at most. All ranks of the group call the same methods with the same sequences.
+    proposer: who drafts on the device; None where nobody does. sources: of its drafts. budget: rows of a round at most;
+    longest: tokens of a sequence at most. All ranks of the group call the same methods with the same sequences.
     """
 
     def __init__(
         self, model: Model, cache: KVCache, comm: Communicator, proposer: Proposer | None, graphs: Graphs,
-        max_num_seqs: int, longest: int, budget: int,
+        sources: int, max_num_seqs: int, longest: int, budget: int,
     ) -> None:  # fmt: skip
         self._model, self._cache, self._comm, self._proposer, self._graphs = model, cache, comm, proposer, graphs
         self._budget, self._device = budget, cache.device
@@ -63,7 +63,8 @@ class Resident:
 
         self._history = zeros(max_num_seqs + 1, places + 1, dtype=torch.int32)  # by slot; the last of each is for no one
         # One table, so that one copy brings everything; temperatures as the bits of float32.
-        self._state = zeros(most, len(COLUMNS) + ENDS + blocks)
+        self._sources, self._facts = sources, len(COLUMNS) + ENDS + 1 + sources  # before a row's blocks
+        self._state = zeros(most, self._facts + blocks)
         self._out: dict[Bucket, Tensor] = {}
         self._told: dict[int, tuple[Sequence, int]] = {}  # slot -> whose tokens the history has, and how many
         self._bucket = Bucket(0, 0, 0)
@@ -82,28 +83,34 @@ class Resident:
         """Rounds that may be launched before the first one's decision is known."""
         return MANY if self._proposer is None else self._proposer.ahead
 
-    def begin(self, sequences: Iterable[Sequence], rounds: int, most: dict[int, int]) -> None:
-        """Tells the device about the sequences of the next rounds. most: slot -> drafts of a round at most."""
+    @property
+    def rows(self) -> int:
+        """Tokens that a round computes, padding among them."""
+        return self._bucket.sequences * (self._bucket.drafts + 1)
+
+    def begin(self, sequences: Iterable[Sequence], rounds: int) -> None:
+        """Tells the device about the sequences of the next rounds."""
         self._coming.clear()  # of rounds that had nothing left to do
         running = [s for s in sequences if s.finish_reason is None]
         rows = self._arrange(running)
-        self._bucket = self._fitting(running, len(rows), rounds, max(most[s.slot] for s in running))
+        self._bucket = self._fitting(running, len(rows), rounds, max(max(s.allowance, default=0) for s in running))
         if self._proposer is not None and self._bucket.drafts:
             self._proposer.settle(rows, self._bucket.drafts)
         self._tell(running)
         self._slots = np.array([ABSENT if s is None else s.slot for s in rows], np.int32)
-        state = np.zeros((len(rows), len(COLUMNS) + ENDS + self._bucket.blocks), np.int64)
+        state = np.zeros((len(rows), self._facts + self._bucket.blocks), np.int64)
         state[:, 0] = len(self._history) - 1  # rows of padding have a history that is nobody's
-        state[:, len(COLUMNS) :] = ABSENT
+        state[:, len(COLUMNS) : len(COLUMNS) + ENDS] = state[:, self._facts :] = ABSENT
         for row, s in zip(state, rows, strict=True):
             if s is not None:
                 room, temperature = len(s.blocks) * self._cache.block_size, np.float32(s.sampling.temperature)
                 row[: len(COLUMNS)] = (
-                    s.slot, s.num_committed, s.limit, room, most[s.slot], s.sampling.seed, temperature.view(np.int32), 1
+                    s.slot, s.num_committed, s.limit, room, s.sampling.seed, temperature.view(np.int32), 1
                 )  # fmt: skip
                 row[len(COLUMNS) : len(COLUMNS) + len(s.ends)] = sorted(s.ends)
                 blocks = s.blocks[: self._bucket.blocks]
-                row[len(COLUMNS) + ENDS : len(COLUMNS) + ENDS + len(blocks)] = blocks
+                row[self._facts - len(s.allowance) : self._facts] = s.allowance
+                row[self._facts : self._facts + len(blocks)] = blocks
         self._state[: len(rows), : state.shape[1]].copy_(torch.from_numpy(state))
 
     def launch(self) -> None:
@@ -122,24 +129,25 @@ class Resident:
         event.record()
         self._coming.append((copy, event))
 
-    def decisions(self) -> Iterator[Decision]:
-        """What the rounds under way decide, one after the other; waits for each. Raises NotANumber."""
+    def decisions(self) -> Iterator[tuple[Decision, Ints]]:
+        """What the rounds under way decide, one after the other, and the drafts' sources; waits for each. Raises NotANumber."""
         while self._coming:
             out, event = self._coming.popleft()
             if event is not None:
                 event.synchronize()
             yield self._read(out.numpy())
 
-    def _read(self, out: NDArray[np.int32]) -> Decision:
+    def _read(self, out: NDArray[np.int32]) -> tuple[Decision, Ints]:
         rows = np.flatnonzero(out[:, 0])
         out = out[rows]
         if (out[:, 2] < 0).any():
             raise NotANumber("the model's output is not a number (NaN); its weights, or their type's range, are at fault")
         tokens = [row[HEADER : HEADER + row[2]] for row in out]
-        return Decision(
+        decision = Decision(
             self._slots[rows], out[:, 1].copy(), out[:, 2].copy(),
             np.concatenate(tokens, dtype=np.int32) if tokens else np.zeros(0, np.int32),
         )  # fmt: skip
+        return decision, out[:, 3].copy()
 
     def _arrange(self, running: list[Sequence]) -> list[Sequence | None]:
         """The sequences in rows: whose slot a rank drafts for stands in that rank's rows, every `comm.size`-th."""
@@ -151,7 +159,7 @@ class Resident:
     def _fitting(self, running: list[Sequence], rows: int, rounds: int, width: int) -> Bucket:
         width = 0 if self._proposer is None else max(0, min(width, self._budget // rows - 1))
         furthest = max(min(s.limit, s.num_committed + rounds * (width + 1)) for s in running)
-        blocks = min(_power(blocks_for(furthest, self._cache.block_size)), self._state.shape[1] - len(COLUMNS) - ENDS)
+        blocks = min(_power(blocks_for(furthest, self._cache.block_size)), self._state.shape[1] - self._facts)
         return Bucket(rows, width, blocks)
 
     def _tell(self, running: list[Sequence]) -> None:
@@ -174,15 +182,16 @@ class Resident:
         """One round over the tensors, for S sequences of which some may not be there."""
         width, device = bucket.drafts, self._device
         state, places = self._state[: bucket.sequences], bucket.blocks * self._cache.block_size
-        slot, length, limit, room, most, seeds, temperatures, live = state[:, : len(COLUMNS)].clone().unbind(1)
-        ends, tables = state[:, len(COLUMNS) :].split([ENDS, state.shape[1] - len(COLUMNS) - ENDS], 1)
+        slot, length, limit, room, seeds, temperatures, live = state[:, : len(COLUMNS)].clone().unbind(1)
+        widths = [ENDS, 1 + self._sources, state.shape[1] - self._facts]
+        ends, allowances, tables = state[:, len(COLUMNS) :].split(widths, 1)
         live, temperatures = live > 0, temperatures.int().view(torch.float32)
         tables = tables[:, : bucket.blocks].int()
         view = View(self._history[slot, :places], length.where(live, 0), room, tables, temperatures, seeds)
         active = live & (length <= room)
-        most = torch.minimum(most, torch.minimum(limit - length - 1, room - length))
+        most = torch.minimum(limit - length - 1, room - length)
         step = torch.arange(width + 1, device=device)
-        drafts, num_drafts = self._drafts(view, width, most.where(active, 0))
+        drafts, num_drafts, sources = self._drafts(view, width, most.where(active, 0), allowances)
         last = view.history.gather(1, (length - 1).clamp(min=0)[:, None]).long()
         valid = active[:, None] & (step <= num_drafts[:, None])
         batch = view.batch(torch.cat([last, drafts], 1), length - 1, valid, self._cache.block_size)
@@ -199,18 +208,19 @@ class Resident:
         self._history[slot[:, None], torch.where(kept, length[:, None] + step, spare)] = targets.int()
         state[:, COLUMNS.index("length")] += kept.sum(1)
         state[:, COLUMNS.index("live")] *= ~ended.any(1)
-        header = torch.stack([active.long(), num_drafts, num_tokens], 1)
+        header = torch.stack([active.long(), num_drafts, num_tokens, sources], 1)
         self._out[bucket].copy_(torch.cat([header, targets], 1))
 
-    def _drafts(self, view: View, width: int, most: Tensor) -> tuple[Tensor, Tensor]:
-        """Drafts int64 [S, K] and how many of them count, [S]."""
+    def _drafts(self, view: View, width: int, most: Tensor, allowances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Drafts int64 [S, K], how many of them count, [S], and where they come from, [S]."""
         if width == 0 or self._proposer is None:
-            return view.seeds.new_zeros(len(most), 0), torch.zeros_like(most)
-        drafts = self._proposer.propose(view, width)
+            return view.seeds.new_zeros(len(most), 0), torch.zeros_like(most), torch.full_like(most, -1)
+        drafts, sources = self._proposer.propose(view, width)
+        most = torch.minimum(most, allowances.gather(1, sources[:, None])[:, 0])
         step = torch.arange(width, device=drafts.device)
         # A draft ends at the first id the target has no embedding for.
         good = (drafts >= 0) & (drafts < self._model.vocab_size) & (step < most[:, None])
-        return drafts, good.long().cumprod(1).sum(1)
+        return drafts, good.long().cumprod(1).sum(1), sources
 
     def _targets(self, logits: Tensor, view: View, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The group's tokens at `positions` [S, K + 1], int64, and where nothing can be decided."""

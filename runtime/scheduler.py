@@ -16,7 +16,8 @@ from runtime.sequence import Sequence
 class Work:
     """One sequence's share of a round: `count` committed tokens from `start` on, then up to `num_drafts` drafts.
 
-    `decides` is true where the committed tokens are reached, so that the round decides at least one new token.
+    `num_drafts` is what there is room for, of the largest of the sequence's allowances. `decides` is true where the
+    committed tokens are reached, so that the round decides at least one new token.
     """
 
     sequence: Sequence
@@ -25,12 +26,16 @@ class Work:
     num_drafts: int
     decides: bool
 
+    def most(self, source: int) -> int:
+        """Drafts that this source may propose."""
+        return min(self.num_drafts, self.sequence.allowance[source - 1])
 
-def schedule(sequences: Iterable[Sequence], budget: int, width: int, block_size: int) -> list[Work]:
+
+def schedule(sequences: Iterable[Sequence], budget: int, block_size: int) -> list[Work]:
     """The works of the next round, in the order in which the sequences were admitted.
 
     Every sequence that only needs its next token gets that one first, so that a long prompt never holds up the others;
-    what is left of `budget` (tokens) goes to pending tokens in order of admission, then to drafts, at most `width` each.
+    what is left of `budget` (tokens) goes to pending tokens in order of admission, then to drafts, within their allowances.
     No sequence is taken beyond its blocks, nor drafted beyond its limit. A sequence for which nothing is left has no work.
     """
     ready = [s for s in sequences if s.finish_reason is None]
@@ -50,7 +55,7 @@ def schedule(sequences: Iterable[Sequence], budget: int, width: int, block_size:
         drafts = 0
         if decides:
             left = sequence.limit - sequence.num_committed - 1
-            drafts = max(0, min(width, left, budget, room[sequence.slot] - count))
+            drafts = max(0, min(max(sequence.allowance, default=0), left, budget, room[sequence.slot] - count))
             budget -= drafts
         works.append(Work(sequence, sequence.num_computed, count, drafts, decides))
     return works

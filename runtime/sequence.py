@@ -78,6 +78,7 @@ class Sequence:
     num_computed: leading tokens whose keys and values are in the cache; always less than `num_committed`, because the
         last token is an input still to be computed. A rollback is nothing but a smaller `num_computed`.
     blocks: the cache blocks of this sequence, in order of position.
+    allowance: the most drafts of a round, by their source, from 1 on (`runtime.drafting.drafter`).
     index, copy: its name, as in `runtime.request.Request`.
     borrows: whether it may start behind blocks that another copy of its prompt has computed; not where the whole prompt's
         log-probabilities are wanted, which come from computing it.
@@ -96,6 +97,7 @@ class Sequence:
     finish_reason: str | None = None
     copy: int = 0
     borrows: bool = True
+    allowance: list[int] = field(default_factory=list)
 
     @property
     def name(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ def ints(*values: int) -> np.ndarray:
 
 
 def hello(rank: int, group: int = 0, **changes: Any) -> Hello:
-    base = Hello(rank, group, "digest", num_blocks=40, max_model_len=50, vocab_size=VOCAB, end_tokens=[END])
+    base = Hello(rank, group, "digest", num_blocks=40, max_model_len=50, vocab_size=VOCAB, end_tokens=[END], lookups=1)
     return dataclasses.replace(base, **changes)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from runtime.costs import Costs, Effort
 from runtime.engine import check
 from runtime.logprobs import Logprobs
 from runtime.messages import Hello, Plan, Report, Verdict
@@ -59,7 +60,8 @@ class Cache:
 class FakeGroup:
     """One tensor-parallel group. Its ranks hold the same, so one state stands for all; each sends its own messages.
 
-    draft_rng: where the drafts come from; a draft token is right with chance `accuracy`.
+    draft_rng: where the drafts come from; a draft token is right with chance `accuracy`. lookups: their kinds of sources.
+    costs: said to be what rounds take, or nothing, where numbers of drafts are fixed; in truth they take anything.
     """
 
     number: int
@@ -68,9 +70,10 @@ class FakeGroup:
     block_size: int
     num_blocks: int
     max_num_seqs: int
-    width: int
+    lookups: int
     budget: int
     target: Target
+    costs: Costs | None
     draft_rng: random.Random
     accuracy: float = 0.6
     sequences: dict[int, Sequence] = field(default_factory=dict)
@@ -81,6 +84,8 @@ class FakeGroup:
     borrowed: int = 0  # admissions behind blocks that another copy computed
     works: list[Work] = field(default_factory=list)
     num_drafts: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    sources: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    allowances: set[tuple[int, ...]] = field(default_factory=set)  # that sequences had
     logprobs: Logprobs | None = None
 
     def __post_init__(self) -> None:
@@ -88,8 +93,12 @@ class FakeGroup:
 
     def hellos(self, max_model_len: int = 1000, end_tokens: tuple[int, ...] = ()) -> list[Hello]:
         return [
-            Hello(rank, self.number, "same", self.num_blocks, max_model_len, VOCAB, list(end_tokens)) for rank in self.ranks
-        ]
+            Hello(
+                rank, self.number, "same", self.num_blocks, max_model_len, VOCAB, list(end_tokens),
+                lookups=self.lookups, costs=self.costs,
+            )
+            for rank in self.ranks
+        ]  # fmt: skip
 
     def carry_out(self, plan: Plan) -> list[list[Report] | list[Verdict]]:
         """What the ranks send, by rank, in the order of sending."""
@@ -106,6 +115,10 @@ class FakeGroup:
             self.borrowed += newcomer.num_computed > 0
         for slot, blocks in plan.tables.items():
             self.sequences[slot].blocks = blocks
+        for slot, allowance in plan.allowances.items():
+            assert len(allowance) == self.lookups
+            self.sequences[slot].allowance = allowance
+        self.allowances.update(tuple(sequence.allowance) for sequence in self.sequences.values())
         self.check_tables()
         return self.vote(plan) if self.merge == "coordinator" else self.decide(plan)
 
@@ -125,8 +138,8 @@ class FakeGroup:
 
     def draft(self) -> tuple[Ints, np.ndarray, Ints, Ints, Ints]:
         """Schedules, drafts, writes the cache. Returns slots, decides, num_drafts, drafts, and the targets of all rows."""
-        self.works = schedule(self.sequences.values(), self.budget, self.width, self.block_size)
-        drafts, counts, targets = [], [], []
+        self.works = schedule(self.sequences.values(), self.budget, self.block_size)
+        drafts, counts, targets, sources = [], [], [], []
         told: list[tuple[int, int, int]] = []
         for work in self.works:
             sequence = work.sequence
@@ -134,7 +147,9 @@ class FakeGroup:
             for position in range(work.start, work.start + work.count):
                 self.cache.write(sequence, position, sequence.tokens[position])
             right = [self.target(sequence.index, sequence.copy, sequence.num_committed + i) for i in range(work.num_drafts + 1)]
-            count = self.draft_rng.randint(0, work.num_drafts)
+            source = self.draft_rng.randint(0, self.lookups) if work.num_drafts else -1
+            sources.append(source)
+            count = self.draft_rng.randint(0, work.most(source)) if source > 0 else 0
             proposed = [token if self.draft_rng.random() < self.accuracy else 0 for token in right[:count]]
             for i, token in enumerate(proposed):
                 self.cache.write(sequence, sequence.num_committed + i, token)
@@ -143,7 +158,7 @@ class FakeGroup:
             targets += right[: len(proposed) + 1] if work.decides else []
             told += told_tokens(work, proposed, right)
         self.logprobs = logprobs_of(told)
-        self.num_drafts = np.array(counts, np.int32)
+        self.num_drafts, self.sources = np.array(counts, np.int32), np.array(sources, np.int32)
         slots = np.array([work.sequence.slot for work in self.works], np.int32)
         decides = np.array([work.decides for work in self.works], bool)
         return slots, decides, self.num_drafts, np.array(drafts, np.int32), np.array(targets, np.int32)
@@ -167,7 +182,7 @@ class FakeGroup:
             last = left == 0 or not self.works
             for i, rank in enumerate(self.ranks):
                 answer = (decision, logprobs) if i == 0 else (None, None)
-                sent[i].append(Report(rank, plan.number, self.digest, last, *answer))
+                sent[i].append(Report(rank, plan.number, self.digest, last, *answer, self.sources, self.effort()))
             if last:
                 break
         return list(sent)
@@ -181,8 +196,14 @@ class FakeGroup:
             scores = np.where(mine, 1.0, -1.0).astype(np.float32)
             ids = np.where(mine, targets, i).astype(np.int32)
             told = self.logprobs if i == 0 else None
-            sent.append([Verdict(rank, plan.number, slots, decides.astype(np.int32), num_drafts, drafts, scores, ids, told)])
+            votes = decides.astype(np.int32), num_drafts, drafts, scores, ids, told, self.sources, self.effort()
+            sent.append([Verdict(rank, plan.number, slots, *votes)])
         return sent
+
+    def effort(self) -> Effort:
+        """Of the round just run, in a machine whose speed is anybody's guess."""
+        rows = self.draft_rng.randint(0, 30)
+        return Effort(self.draft_rng.choice([0.0, 1e-6, 0.01, self.draft_rng.random(), 1e3]), 0.0, rows)
 
 
 def told_tokens(work: Work, drafts: list[int], right: list[int]) -> list[tuple[int, int, int]]:

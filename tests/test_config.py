@@ -110,7 +110,7 @@ def test_table_says_what_a_key_takes() -> None:
     rows = {line.split("`")[1]: line for line in table().splitlines()[2:]}
     assert "| text | needed |" in rows["model.target"]
     assert "| `int4`, `none` | `int4` |" in rows["model.quantization"]
-    assert "| whole number, 0 to 32 | `5` |" in rows["speculation.num_speculative_tokens"]
+    assert "| `auto` or whole number, 0 to 32 | `5` |" in rows["speculation.num_speculative_tokens"]
     assert "| bytes, such as `40GiB` | - |" in rows["engine.kv_cache_memory"]
     assert "| `true`, `false` | `true` |" in rows["model.symmetric"]
     assert "| number > 0 | `20.0` |" in rows["coordination.timeout"]
@@ -154,6 +154,7 @@ def test_unknown_keys_give_a_hint(override: str, hint: str) -> None:
         ("engine.kv_cache_memory=40 gigs", "engine.kv_cache_memory", "such as 512MiB or 40GiB"),
         ("engine.kv_cache_memory=0", "engine.kv_cache_memory", "greater than 0"),
         ("engine.max_num_batched_tokens=5", "configuration", "num_speculative_tokens + 1 = 6"),
+        ("speculation.num_speculative_tokens=many", "speculation.num_speculative_tokens", "'auto'"),
         ("coordination.timeout=2", "coordination", "more than two heartbeats"),
         ("coordination.merge=both", "coordination.merge", "'group' or 'coordinator'"),
         ("seed=x", "seed", "valid integer"),
@@ -161,7 +162,7 @@ def test_unknown_keys_give_a_hint(override: str, hint: str) -> None:
 )
 def test_bad_values_name_their_key_and_what_was_expected(override: str, key: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(None, [*BASE, override])
+        load(None, [*BASE, "speculation.num_speculative_tokens=5", override])
     line = str(caught.value)
     assert line.startswith(f"{key}: ") and expected in line
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime.comm import Communicator
-from runtime.drafting.drafter import NgramDrafter, NoDrafter, SuffixDrafter
+from runtime.drafting.drafter import Draft, NgramDrafter, NoDrafter, SuffixDrafter
 from runtime.drafting.match import CANDIDATES, MatchIndex
 from runtime.drafting.shared import END, Shared
 from runtime.scheduler import Work
@@ -17,7 +17,11 @@ from tests.tiny_models import on_ranks
 
 
 def sequence(tokens: list[int], slot: int = 0) -> Sequence:
-    return Sequence(slot, slot, tokens, 1, 10_000, frozenset(), Sampling())
+    return Sequence(slot, slot, tokens, 1, 10_000, frozenset(), Sampling(), allowance=[32] * 8)
+
+
+def tokens_of(drafts: list[Draft]) -> list[list[int]]:
+    return [draft.tokens for draft in drafts]
 
 
 def work(tokens: list[int] | Sequence, num_drafts: int = 3, slot: int = 0) -> Work:
@@ -99,28 +103,28 @@ def test_copy_goes_on_as_a_repetition() -> None:
 
 def test_no_drafter() -> None:
     drafter = NoDrafter()
-    assert drafter.propose([work([1, 1, 1])] * 2) == [[], []]
+    assert tokens_of(drafter.propose([work([1, 1, 1])] * 2)) == [[], []]
     drafter.release(sequence([1]))
 
 
 @pytest.mark.parametrize("drafter", [NgramDrafter(2, 4), SuffixDrafter(2, 4)])
 def test_own_text(drafter: NgramDrafter) -> None:
-    assert drafter.propose([]) == []
+    assert tokens_of(drafter.propose([])) == []
     mine, other = sequence([1, 2, 3, 4, 1, 2]), sequence([1, 2, 7, 7], slot=1)
-    assert drafter.propose([work(mine), work(other)]) == [[3, 4, 1], []]
+    assert tokens_of(drafter.propose([work(mine), work(other)])) == [[3, 4, 1], []]
     mine.commit([3])
-    assert drafter.propose([work(mine, 1)]) == [[4]]
+    assert tokens_of(drafter.propose([work(mine, 1)])) == [[4]]
     mine.commit([5, 6, 1, 2, 3])
-    assert drafter.propose([work(mine, 2)]) == [[5, 6]], "the latest of equals, in tokens committed since"
+    assert tokens_of(drafter.propose([work(mine, 2)])) == [[5, 6]], "the latest of equals, in tokens committed since"
 
 
 @pytest.mark.parametrize("drafter", [NgramDrafter(2, 4), SuffixDrafter(2, 4)])
 def test_tokens_that_were_taken_back_are_not_drafted_from(drafter: NgramDrafter) -> None:
     mine = sequence([1, 2, 3, 1, 2])
     drafter.rewind(mine)  # which it has not seen yet
-    assert drafter.propose([work([*mine.tokens, 7, 8, 1, 2], 1)]) == [[7]]
+    assert tokens_of(drafter.propose([work([*mine.tokens, 7, 8, 1, 2], 1)])) == [[7]]
     drafter.rewind(mine)
-    assert drafter.propose([work(mine, 1)]) == [[3]]
+    assert tokens_of(drafter.propose([work(mine, 1)])) == [[3]]
 
 
 @pytest.mark.parametrize("drafter", [NgramDrafter(2, 4), SuffixDrafter(2, 4)])
@@ -128,30 +132,30 @@ def test_a_slot_starts_anew_after_its_release(drafter: NgramDrafter) -> None:
     first = sequence([1, 2, 3, 4, 1, 2])
     drafter.propose([work(first)])
     drafter.release(first)
-    assert drafter.propose([work([8, 9, 8, 9, 5, 6])]) == [[]]
+    assert tokens_of(drafter.propose([work([8, 9, 8, 9, 5, 6])])) == [[]]
     drafter.release(sequence([1], slot=3))  # of a slot it never drafted for
 
 
 def test_suffix_finds_what_others_wrote() -> None:
     drafter = SuffixDrafter(2, 4)
     drafter.release(sequence([1, 2, 3, 4, 5]))
-    assert drafter.propose([work([9, 1, 2])]) == [[3, 4, 5]]
-    assert NgramDrafter(2, 4).propose([work([9, 1, 2])]) == [[]]
+    assert tokens_of(drafter.propose([work([9, 1, 2])])) == [[3, 4, 5]]
+    assert tokens_of(NgramDrafter(2, 4).propose([work([9, 1, 2])])) == [[]]
 
 
 def test_suffix_prefers_the_longer_match_and_its_own_on_ties() -> None:
     drafter = SuffixDrafter(1, 4)
     drafter.release(sequence([7, 1, 2, 5, 5]))
-    assert drafter.propose([work([1, 2, 8, 1, 2], 1)]) == [[8]]
-    assert drafter.propose([work([1, 2, 8, 7, 1, 2], 1, slot=1)]) == [[5]]
+    assert tokens_of(drafter.propose([work([1, 2, 8, 1, 2], 1)])) == [[8]]
+    assert tokens_of(drafter.propose([work([1, 2, 8, 7, 1, 2], 1, slot=1)])) == [[5]]
 
 
 def test_no_match_runs_over_the_seam_between_two_texts() -> None:
     drafter = SuffixDrafter(2, 4)
     drafter.release(sequence([5, 6]))
     drafter.release(sequence([7, 8, 9]))
-    assert drafter.propose([work([0, 6, 7])]) == [[]]
-    assert drafter.propose([work([0, 5, 6], 1, slot=1)]) == [[-1]], "which the engine takes for the draft's end"
+    assert tokens_of(drafter.propose([work([0, 6, 7])])) == [[]]
+    assert tokens_of(drafter.propose([work([0, 5, 6], 1, slot=1)])) == [[-1]], "which the engine takes for the draft's end"
 
 
 def test_memory_is_bounded_by_two_generations() -> None:
@@ -159,13 +163,13 @@ def test_memory_is_bounded_by_two_generations() -> None:
     for start in range(0, 600, 6):
         text = list(range(start, start + 6))
         drafter.release(sequence(text))
-        assert drafter.propose([work([9999, *text[:2]], 1)]) == [[text[2]]], "the latest is always known"
+        assert tokens_of(drafter.propose([work([9999, *text[:2]], 1)])) == [[text[2]]], "the latest is always known"
         drafter._own.clear()
         kept = sum(len(index.tokens) for index in drafter._generations)
         assert len(drafter._generations) <= 2 and kept <= 2 * (10 + 7)
-    assert drafter.propose([work([9999, 0, 1], 1)]) == [[]], "the oldest is forgotten"
+    assert tokens_of(drafter.propose([work([9999, 0, 1], 1)])) == [[]], "the oldest is forgotten"
     previous = list(range(582, 588))
-    assert drafter.propose([work([9999, *previous[:2]], 1, slot=1)]) == [[584]], "at least `remembered` tokens stay"
+    assert tokens_of(drafter.propose([work([9999, *previous[:2]], 1, slot=1)])) == [[584]], "at least `remembered` tokens stay"
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -181,14 +185,15 @@ def test_ranks_share_the_work_and_get_the_same(size: int, seed: int) -> None:
             super().__init__(1, 4)
             self.rank = rank
 
-        def propose(self, works: list[Work]) -> list[list[int]]:
+        def propose(self, works: list[Work]) -> list[Draft]:
             seen.setdefault(self.rank, set()).update(work.sequence.slot for work in works)
             return super().propose(works)
 
-    def rank(comm: Communicator) -> list[list[list[int]]]:
+    def rank(comm: Communicator) -> list[list[Draft]]:
         shared = Shared(Watched(comm.rank), comm, torch.device("cpu"))
         assert shared.propose([]) == []
-        return [[[token for token in draft if token != END] for draft in shared.propose(some)] for some in (works, works[3:4])]
+        drafts = [shared.propose(some) for some in (works, works[3:4])]
+        return [[Draft([token for token in d.tokens if token != END], d.source) for d in some] for some in drafts]
 
     assert on_ranks(size, rank) == [[alone, alone[3:4]]] * size
     assert sorted(slot for slots in seen.values() for slot in slots) == list(range(7)), "each slot has one owner"

@@ -73,7 +73,7 @@ class GroupMachine(RuleBasedStateMachine):
     def plan(self, share: int) -> None:
         group, limits = self.group, self.group.limits
         before = group.rounds_under_way
-        waited = list(self.waiting)
+        waited, earlier = list(self.waiting), list(group.under_way)
         plan = group.plan(self.waiting, share)
         if before > limits.ahead:
             assert plan is None, "a plan was sent before it was time"
@@ -90,7 +90,8 @@ class GroupMachine(RuleBasedStateMachine):
         assert len(group.running) <= limits.max_num_seqs
         assert not plan.admit or len(group.running) <= share
         for s in group.running.values():
-            needed = min(s.limit - 1, s.num_committed + (before + 1) * (limits.width + 1))
+            rounds = sum(p.rounds_left for p in earlier if p.sequences.get(s.slot) is s)
+            needed = min(s.limit - 1, s.num_committed + (rounds + 1) * (limits.width + 1))
             assert len(s.blocks) * limits.block_size >= needed, "not even one round fits into its blocks"
             assert len(s.blocks) <= blocks_for(s.limit - 1, limits.block_size)
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.costs import Costs, Effort
 from runtime.logprobs import Logprobs
 from runtime.messages import (
     KINDS,
@@ -76,18 +77,28 @@ def some_message(kind: str, rng: random.Random) -> Message:
     def admission() -> Admission:
         return Admission(number(), number(), numbers(), number(), number(), numbers(), sampling(), number(), number())
 
+    def costs() -> Costs | None:
+        return rng.choice([None, Costs(numbers(), numbers(), [rng.random(), 1.0], rng.random(), 0.0)])
+
+    def effort() -> Effort:
+        return Effort(rng.random(), 0.0, number())
+
     makers: dict[str, Any] = {
-        "Hello": lambda: Hello(number(), number(), text, number(), number(), number(), numbers(), text),
+        "Hello": lambda: Hello(
+            number(), number(), text, number(), number(), number(), numbers(), text, number(), rng.random() < 0.5, False,
+            costs(),
+        ),
         "Plan": lambda: Plan(
             number(), number(), some_decision(rng), numbers(), [admission() for _ in range(rng.choice([0, 1, 3]))],
-            {number(): numbers() for _ in range(3)},
+            {number(): numbers() for _ in range(3)}, {number(): numbers() for _ in range(3)},
         ),
         "Verdict": lambda: Verdict(
             number(), number(), *(some_ints(rng, rng.choice([0, 1, 5])) for _ in range(4)),
-            some_floats(rng), some_ints(rng, 2), some_logprobs(rng), rng.random(),
+            some_floats(rng), some_ints(rng, 2), some_logprobs(rng), some_ints(rng, 2), effort(),
         ),
         "Report": lambda: Report(
-            number(), number(), rng.randbytes(8), rng.random() < 0.5, some_decision(rng), some_logprobs(rng), rng.random()
+            number(), number(), rng.randbytes(8), rng.random() < 0.5, some_decision(rng), some_logprobs(rng), some_ints(rng, 3),
+            effort(),
         ),
         "Alive": lambda: Alive(rng.choice([-1, number()])),
         "Failure": lambda: Failure(number(), number(), text),
@@ -127,8 +138,8 @@ def test_there_and_back(kind: str, seed: int) -> None:
 def test_arrays_travel_as_frames_of_their_own() -> None:
     verdict = Verdict(0, 1, *(np.arange(1000, dtype=np.int32) for _ in range(4)), np.ones(7, np.float32), np.ones(7, np.int32))
     frames = encode(verdict)
-    assert [len(frame) for frame in frames[1:]] == [4000] * 4 + [28] * 2
-    assert len(frames[0]) < 300
+    assert [len(frame) for frame in frames[1:]] == [4000] * 4 + [28] * 2 + [0]
+    assert len(frames[0]) < 400
 
 
 def test_strided_arrays_are_written_in_order() -> None:
@@ -140,12 +151,13 @@ def test_strided_arrays_are_written_in_order() -> None:
 
 NONE = {"array": "<i4", "length": 0}
 NO_SCORES = {"array": "<f4", "length": 0}
-VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE, None, 0.5]
-HELLO = [0, 0, "", 1, 1, 1, [2], ""]
+EFFORT = {"part": "Effort", "fields": [0.5, 0.0, 3]}
+VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE, None, NONE, EFFORT]
+HELLO = [0, 0, "", 1, 1, 1, [2], "", 4, False, False, None]
 SAMPLING = {"part": "Sampling", "fields": [0.5, 0, 0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, {3: 1.5}, None, [[1, 2]], None, 0]}
 ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], SAMPLING, 0, 0]}
-PLAN = [1, 1, None, [], [ADMISSION], {0: [1]}]
-REPORT = [0, 1, b"", True, None, None, 0.5]
+PLAN = [1, 1, None, [], [ADMISSION], {0: [1]}, {}]
+REPORT = [0, 1, b"", True, None, None, NONE, EFFORT]
 
 
 def frames_of(kind: Any, values: Any, arrays: int = 0, version: Any = VERSION) -> list[bytes]:
@@ -165,7 +177,7 @@ def admission_with(sampling: Any) -> dict[str, Any]:
 
 
 def verdict_with(**array: Any) -> list[bytes]:
-    return frames_of("Verdict", changed(VERDICT, 2, {**NONE, **array}), 6)
+    return frames_of("Verdict", changed(VERDICT, 2, {**NONE, **array}), 7)
 
 
 DAMAGED: dict[str, list[bytes]] = {
@@ -195,8 +207,8 @@ DAMAGED: dict[str, list[bytes]] = {
     "fraction for a number": frames_of("Alive", [1.0]),
     "number for text": frames_of("Stop", [0, 5]),
     "bytes for text": frames_of("Stop", [0, b"bye"]),
-    "text for bytes": frames_of("Report", changed(REPORT, 2, "")),
-    "number for a truth": frames_of("Report", changed(REPORT, 3, 1)),
+    "text for bytes": frames_of("Report", changed(REPORT, 2, ""), 1),
+    "number for a truth": frames_of("Report", changed(REPORT, 3, 1), 1),
     "number for a list": frames_of("Hello", changed(HELLO, 6, 2)),
     "text within a list of numbers": frames_of("Hello", changed(HELLO, 6, [1, "2"])),
     "list for a map": frames_of("Plan", changed(PLAN, 5, [1])),
@@ -215,16 +227,16 @@ DAMAGED: dict[str, list[bytes]] = {
     "number for the allowed": frames_of("Plan", changed(PLAN, 4, [admission_with(sampling_with(10, 3))])),
     "number for a bad word": frames_of("Plan", changed(PLAN, 4, [admission_with(sampling_with(11, [3]))])),
     "fraction for a count of logprobs": frames_of("Plan", changed(PLAN, 4, [admission_with(sampling_with(12, 1.0))])),
-    "logprobs are a decision": frames_of("Report", changed(REPORT, 5, {"part": "Decision", "fields": [NONE] * 4}), 4),
-    "logprobs without their arrays": frames_of("Report", changed(REPORT, 5, {"part": "Logprobs", "fields": [NONE] * 7}), 6),
-    "decision is a number": frames_of("Report", changed(REPORT, 4, 3)),
-    "decision without its arrays": frames_of("Report", changed(REPORT, 4, {"part": "Decision", "fields": [NONE] * 4}), 3),
+    "logprobs are a decision": frames_of("Report", changed(REPORT, 5, {"part": "Decision", "fields": [NONE] * 4}), 5),
+    "logprobs without their arrays": frames_of("Report", changed(REPORT, 5, {"part": "Logprobs", "fields": [NONE] * 7}), 7),
+    "decision is a number": frames_of("Report", changed(REPORT, 4, 3), 1),
+    "decision without its arrays": frames_of("Report", changed(REPORT, 4, {"part": "Decision", "fields": [NONE] * 4}), 4),
     "seconds that are text": frames_of("Farewell", [0, 1, {"draft": "long"}, 0]),
-    "frame missing": frames_of("Verdict", VERDICT, 5),
-    "frame too many": frames_of("Verdict", VERDICT, 7),
+    "frame missing": frames_of("Verdict", VERDICT, 6),
+    "frame too many": frames_of("Verdict", VERDICT, 8),
     "frame after a message without arrays": frames_of("Alive", [1], 1),
-    "array is a list": frames_of("Verdict", changed(VERDICT, 2, [1, 2]), 6),
-    "array is nothing": frames_of("Verdict", changed(VERDICT, 2, None), 6),
+    "array is a list": frames_of("Verdict", changed(VERDICT, 2, [1, 2]), 7),
+    "array is nothing": frames_of("Verdict", changed(VERDICT, 2, None), 7),
     "array of another type": verdict_with(array="<f4"),
     "array of a wider type": verdict_with(array="<i8"),
     "array of the other byte order": verdict_with(array=">i4"),
@@ -239,7 +251,7 @@ DAMAGED: dict[str, list[bytes]] = {
     "length is text": verdict_with(length="0"),
     "length is a fraction": verdict_with(length=0.0),
     "length is false": verdict_with(length=False),
-    "ragged frame": [frames_of("Verdict", VERDICT)[0], b"abc", *[b""] * 5],
+    "ragged frame": [frames_of("Verdict", VERDICT)[0], b"abc", *[b""] * 6],
 }
 
 
@@ -250,7 +262,7 @@ def test_damage_is_named(damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "values", "arrays"), [("Verdict", VERDICT, 6), ("Hello", HELLO, 0), ("Plan", PLAN, 0), ("Report", REPORT, 0)]
+    ("kind", "values", "arrays"), [("Verdict", VERDICT, 7), ("Hello", HELLO, 0), ("Plan", PLAN, 0), ("Report", REPORT, 1)]
 )
 def test_what_is_damaged_above_was_whole_before(kind: str, values: list[Any], arrays: int) -> None:
     decode(frames_of(kind, values, arrays))

@@ -16,7 +16,7 @@ from runtime.drafting.resident import Lookup, View
 from runtime.graphs import Graphs
 from runtime.request import Request
 from runtime.resident import Resident
-from runtime.verify import Decision
+from runtime.verify import Decision, Ints
 from tests.driver import demo_config, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,10 +39,10 @@ def watched() -> Iterator[list[Decision]]:
     seen: list[Decision] = []
     own = Resident.decisions
 
-    def decisions(self: Resident) -> Iterator[Decision]:
-        for decision in own(self):
+    def decisions(self: Resident) -> Iterator[tuple[Decision, Ints]]:
+        for decision, sources in own(self):
             seen.append(decision)
-            yield decision
+            yield decision, sources
 
     with mock.patch("workers.build.lives_on", return_value=True), mock.patch.object(Resident, "decisions", decisions):
         yield seen
@@ -88,12 +88,12 @@ def test_lookup_finds_what_the_host_finds(seed: int) -> None:
         history = torch.tensor(padded, dtype=torch.int32)
         none = torch.zeros(6, dtype=torch.int64)
         view = View(history, torch.tensor(lengths), none, none[:, None].int(), none.float(), none)
-        found = Lookup(shortest, longest).propose(view, width).tolist()
-        for text, drafts in zip(texts, found, strict=True):
+        found, sources = (each.tolist() for each in Lookup(shortest, longest).propose(view, width))
+        for text, drafts, source in zip(texts, found, sources, strict=True):
             index = MatchIndex(shortest, longest)
             index.extend(text)
             end, length = index.find(text)
-            assert drafts == (index.copy(end, width) if length else [-1] * width)
+            assert (drafts, source) == (index.copy(end, width) if length else [-1] * width, length)
 
 
 def test_graphs_capture_on_the_second_run_and_forget_the_oldest(caplog: pytest.LogCaptureFixture) -> None:

@@ -99,6 +99,7 @@ SETTINGS = {
     "model": ["speculation.method=model", "speculation.num_speculative_tokens=4"],
     "k=1": ["speculation.num_speculative_tokens=1"],
     "k=0": ["speculation.num_speculative_tokens=0"],
+    "auto": ["speculation.method=suffix", "speculation.num_speculative_tokens=auto"],
     "one at a time": ["engine.max_num_seqs=1"],
     "coordinator merges": ["coordination.merge=coordinator", "speculation.method=model"],
     "lease of 1": ["coordination.lease=1"],

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Refused, Send, Submit
+from runtime.costs import Costs
 from runtime.group import Limits
 from runtime.messages import Hello, Message, Plan, Stop, decode, encode
 from runtime.request import Completion, Request, SamplingParams, TokenLogprob
@@ -37,7 +38,10 @@ class Job:
         block_size, width = rng.choice([1, 2, 4, 8]), rng.randint(0, 4)
         budget = rng.choice([width + 1, width + 2, 3 * width + 4, 64])
         lease = rng.choice([1, 1, 2, 3, 5]) if self.merge == "group" else 1
-        limits = Limits(rng.randint(1, 5), block_size, width, lease, int(self.merge == "group"))
+        limits = Limits(rng.randint(1, 5), block_size, width, lease, int(self.merge == "group"), fixed=rng.random() < 0.5)
+        lookups = rng.randint(1, 3) if width else 0
+        seconds = sorted(rng.random() for _ in range(8))
+        costs = None if limits.fixed else Costs([1, 2, 8, 20], [0, 30], [*seconds[::2], *seconds[1::2]])
         prompts = [rng.randint(1, 30) for _ in range(rng.choice([0, 1, 2, 12]))]
         wanted = [rng.randint(1, 25) for _ in prompts]
         longest = max((p + w - 1 for p, w in zip(prompts, wanted, strict=True)), default=1)
@@ -49,7 +53,8 @@ class Job:
             FakeGroup(
                 number=g, ranks=tuple(range(g * tensor, (g + 1) * tensor)), merge=self.merge, block_size=block_size,
                 num_blocks=enough + rng.choice([0, 0, 1, enough, 5 * enough]), max_num_seqs=limits.max_num_seqs,
-                width=width, budget=budget, target=target, draft_rng=random.Random(rng.random()), accuracy=rng.random(),
+                lookups=lookups, costs=costs, budget=budget, target=target, draft_rng=random.Random(rng.random()),
+                accuracy=rng.random(),
             )
             for g in range(count)
         ]  # fmt: skip
@@ -143,7 +148,7 @@ def check_logprobs(request: Request, completion: Completion) -> None:
 
 @pytest.mark.parametrize("merge", ["group", "coordinator"])
 def test_every_request_finishes_with_its_own_tokens(merge: str, seed: int) -> None:
-    preempted = borrowed = 0
+    preempted = borrowed = varied = 0
     for number in range(JOBS):
         job = Job(random.Random(f"{seed} {number}"), merge)
         print(f"job {number}")  # of a failure: the last one
@@ -160,5 +165,7 @@ def test_every_request_finishes_with_its_own_tokens(merge: str, seed: int) -> No
         assert job.machine.num_rounds > 0 or not job.requests
         preempted += sum(group.preempted for group in job.groups)
         borrowed += sum(group.borrowed for group in job.groups)
+        varied += sum(len(group.allowances) > 1 for group in job.groups)
     assert preempted > 0, "no job was tight enough to put a sequence back"
     assert borrowed > 0, "no copy was spared its prompt"
+    assert varied > 0, "every sequence had one and the same number of drafts"

@@ -20,6 +20,7 @@ from configs.schema import RunConfig
 from runtime.blocks import blocks_for
 from runtime.clock import Clock
 from runtime.comm import Communicator, SharedMemory, Solo, TorchGroup
+from runtime.costs import Costs
 from runtime.drafting.cascade import Cascade
 from runtime.drafting.drafter import Drafter, NgramDrafter, NoDrafter, SuffixDrafter
 from runtime.drafting.model import ModelDrafter
@@ -32,6 +33,7 @@ from runtime.kv_cache import KVCache
 from runtime.messages import Hello
 from runtime.model import Model
 from runtime.resident import Resident
+from runtime.trial import Trial
 from workers.memory import free_memory
 from workers.metered import Metered
 from workers.models import BuildRefused, load_models
@@ -83,11 +85,14 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     if lives_on(device):
         proposer = make_proposer(config, own, drafter, comm, device)
         graphs = Graphs(capture_on(device))
-        resident = Resident(models.fast, cache, comm, proposer, graphs, config.engine.max_num_seqs, longest, budget)
+        resident = Resident(
+            models.fast, cache, comm, proposer, graphs, own.lookups + own.chains, config.engine.max_num_seqs, longest, budget
+        )
     if config.certified:
-        inner = Engine(models.fast, cache, comm, drafter, budget, config.speculation.width, Clock(), resident)
-        drafter, resident = Cascade(inner, drafter), None  # what lives on the device are the int4 model's rounds
-    engine = Engine(verifier, cache, comm, drafter, budget, config.width, clock, resident)
+        inner = Engine(models.fast, cache, comm, drafter, budget, Clock(), resident)
+        drafter = Cascade(inner, drafter, config.inner_width)
+        resident = None  # what lives on the device are the int4 model's rounds
+    engine = Engine(verifier, cache, comm, drafter, budget, clock, resident)
     settings = config.model_dump_json(exclude={"files"}) + models.digest
     hello = Hello(
         rank=place.rank,
@@ -98,8 +103,19 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
         vocab_size=verifier.vocab_size,
         end_tokens=sorted(verifier.end_tokens),
         fingerprint=fingerprint(config, verifier, longest, len(place.members), device),
+        lookups=drafter.lookups,
+        chains=drafter.chains,
+        even=resident is not None,
+        costs=try_out(config, engine, cache, comm, drafter, longest) if config.chosen else None,
     )
     return engine, hello
+
+
+def try_out(config: RunConfig, engine: Engine, cache: KVCache, comm: Communicator, drafter: Drafter, longest: int) -> Costs:
+    """What rounds take, for whoever chooses numbers of drafts."""
+    seqs = config.engine.max_num_seqs
+    most = min(config.engine.max_num_batched_tokens, seqs * (config.width + 1))
+    return Trial(engine, cache, comm, seqs, most, longest).run(drafter if drafter.chains else None)
 
 
 def fingerprint(config: RunConfig, verifier: Model, longest: int, ranks: int, device: torch.device) -> str:

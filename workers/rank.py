@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.costs import Effort
 from runtime.drafting.cascade import Cascade
 from runtime.engine import Engine, Round
 from runtime.messages import Admission, Farewell, Plan, Report, Stop, Verdict
@@ -32,6 +33,7 @@ class Rank:
     _digest: bytes = b""
     _undecided: Round | None = None
     _rounds: int = 0
+    _since: float = 0.0  # when the round before ended, or the work came
 
     def run(self) -> Stop:
         """Works until told to stop, and says farewell. The watchdog bounds the wait for the coordinator."""
@@ -50,6 +52,8 @@ class Rank:
 
     def _carry_out(self, plan: Plan) -> None:
         engine = self.engine
+        if not engine.sequences:
+            self._since = time.perf_counter()
         if plan.decision is not None and self._undecided is not None:
             engine.apply(self._undecided, plan.decision)
         for slot in plan.release:
@@ -58,6 +62,8 @@ class Rank:
             engine.admit(admit(newcomer))
         for slot, blocks in plan.tables.items():
             engine.sequences[slot].blocks = blocks
+        for slot, allowance in plan.allowances.items():
+            engine.sequences[slot].allowance = allowance
         if self.merge == "coordinator":
             self._vote(plan)
         else:
@@ -65,17 +71,20 @@ class Rank:
 
     def _decide(self, plan: Plan) -> None:
         """Runs the plan's rounds within the group; the coordinator hears of each while the next is under way."""
-        start = time.perf_counter()
+        drafting = self._drafting
         for outcome in self.engine.rounds(plan.rounds):
             self._digest = outcome.decision.digest(self._digest)
             self._rounds += len(outcome.decision.slots) > 0
-            seconds, start = time.perf_counter() - start, time.perf_counter()
+            effort, drafting = self._effort(outcome.rows, drafting), self._drafting
             with self.engine.clock.part("coordinate"):
                 told, logprobs = (outcome.decision, outcome.logprobs) if self.leads else (None, None)
-                self.client.send(Report(self.rank, plan.number, self._digest, outcome.last, told, logprobs, seconds))
+                answer = Report(
+                    self.rank, plan.number, self._digest, outcome.last, told, logprobs, outcome.sources, effort
+                )
+                self.client.send(answer)
 
     def _vote(self, plan: Plan) -> None:
-        start = time.perf_counter()
+        drafting = self._drafting
         round_ = self._undecided = self.engine.draft()
         choice = self.engine.verify(round_)
         self._rounds += len(round_.works) > 0
@@ -89,10 +98,22 @@ class Rank:
             scores=choice.scores,
             ids=choice.ids,
             logprobs=choice.logprobs if self.leads else None,
-            seconds=time.perf_counter() - start,
+            sources=round_.sources,
+            effort=self._effort(round_.rows, drafting),
         )
         with self.engine.clock.part("coordinate"):
             self.client.send(verdict)
+
+
+    @property
+    def _drafting(self) -> float:
+        """Seconds spent drafting so far."""
+        return self.engine.clock.seconds.get("draft", 0.0)
+
+    def _effort(self, rows: int, drafting: float) -> Effort:
+        """What the round took that ends now. drafting: seconds spent so before it."""
+        before, self._since = self._since, time.perf_counter()
+        return Effort(self._since - before, self._drafting - drafting, rows)
 
 
 def admit(newcomer: Admission) -> Sequence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from runtime.batch import Batch, Piece
 from runtime.check import Check, Rows
 from runtime.comm import Solo
+from runtime.drafting.drafter import Draft
 from runtime.kv_cache import KVCache
 from runtime.model import Model
 from runtime.sampling import best
@@ -21,15 +22,17 @@ class ModelDrafter:
     paged by the target's own block tables, so it needs no bookkeeping of its own but how far it has computed.
     """
 
+    lookups, chains = 0, True
+
     def __init__(self, model: Model, cache: KVCache, budget: int) -> None:
         self.model = model
         self.cache = cache
         self._budget = budget
         self._computed: dict[int, int] = {}
 
-    def propose(self, works: list[Work]) -> list[list[int]]:
+    def propose(self, works: list[Work]) -> list[Draft]:
         chains: list[list[int]] = [[] for _ in works]
-        active = [i for i, work in enumerate(works) if work.num_drafts > 0]
+        active = [i for i, work in enumerate(works) if work.most(1) > 0]
         self._catch_up([works[i].sequence for i in active])
         while active:
             pieces, checks = [], []
@@ -41,12 +44,12 @@ class ModelDrafter:
             batch = Batch.build(pieces, self.cache.block_size, self.cache.device)
             for i, token in zip(active, self._sample(checks, batch), strict=True):
                 chains[i].append(token)
-            active = [i for i in active if len(chains[i]) < works[i].num_drafts]
+            active = [i for i in active if len(chains[i]) < works[i].most(1)]
         for work, chain in zip(works, chains, strict=True):
             if chain:
                 # All but the last draft are in the cache; those that will not stand are overwritten.
                 self._computed[work.sequence.slot] = work.sequence.num_committed + len(chain) - 1
-        return chains
+        return [Draft(chain, int(len(chain) > 0)) for chain in chains]
 
     def rewind(self, sequence: Sequence) -> None:
         self._computed[sequence.slot] = self._start(sequence)

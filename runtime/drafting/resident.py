@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from runtime.batch import Batch
 from runtime.comm import Communicator
-from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafter import Draft, Drafter
 from runtime.drafting.model import ModelDrafter
 from runtime.sampling import local_best
 from runtime.scheduler import Work
@@ -68,8 +68,8 @@ class Proposer(Protocol):
     def settle(self, rows: list[Sequence | None], count: int) -> None:
         """Makes ready, on the host, for rounds over these sequences, which have one token to compute each."""
 
-    def propose(self, view: View, count: int) -> Tensor:
-        """int64 [S, count]: drafts to follow the committed tokens, -1 from where there are none."""
+    def propose(self, view: View, count: int) -> tuple[Tensor, Tensor]:
+        """int64 [S, count]: drafts to follow the committed tokens, -1 from where there are none; [S]: their sources."""
 
 
 class Lookup:
@@ -83,7 +83,7 @@ class Lookup:
     def settle(self, rows: list[Sequence | None], count: int) -> None:
         pass
 
-    def propose(self, view: View, count: int) -> Tensor:
+    def propose(self, view: View, count: int) -> tuple[Tensor, Tensor]:
         history, length = view.history, view.length[:, None]
         size = history.shape[1]
         end = torch.arange(size, device=history.device)  # of a place: the tokens before it are compared
@@ -96,7 +96,8 @@ class Lookup:
         best, place = torch.where(matched >= self._shortest, matched * size + end, -1).max(dim=1, keepdim=True)
         # At the text's end it goes on with what it has copied.
         step = torch.arange(count, device=history.device) % (length - place).clamp(min=1)
-        return history.gather(1, (place + step).clamp(max=size - 1)).long().where(best >= 0, -1)
+        drafts = history.gather(1, (place + step).clamp(max=size - 1)).long().where(best >= 0, -1)
+        return drafts, best[:, 0].clamp(min=0) // size
 
 
 class Given:
@@ -106,17 +107,18 @@ class Given:
 
     def __init__(self, drafter: Drafter, rows: int, width: int, device: torch.device) -> None:
         self._drafter = drafter
-        self._table = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        self._table = torch.zeros(rows, 1 + width, dtype=torch.int64, device=device)  # sources first
 
     def settle(self, rows: list[Sequence | None], count: int) -> None:
         works = [Work(s, s.num_computed, 1, count, True) for s in rows if s is not None]
         proposed = iter(self._drafter.propose(works))
-        drafts = [[] if s is None else next(proposed) for s in rows]
-        table = torch.tensor([draft + [-1] * (count - len(draft)) for draft in drafts])
-        self._table[: len(rows), :count].copy_(table)
+        drafts = [Draft([], 0) if s is None else next(proposed) for s in rows]
+        table = torch.tensor([[draft.source, *draft.tokens] + [-1] * (count - len(draft.tokens)) for draft in drafts])
+        self._table[: len(rows), : 1 + count].copy_(table)
 
-    def propose(self, view: View, count: int) -> Tensor:
-        return self._table[: len(view.length), :count]
+    def propose(self, view: View, count: int) -> tuple[Tensor, Tensor]:
+        table = self._table[: len(view.length), : 1 + count]
+        return table[:, 1:], table[:, 0]
 
 
 class Replica:
@@ -131,7 +133,7 @@ class Replica:
     def settle(self, rows: list[Sequence | None], count: int) -> None:
         self._drafter.settle([s for s in rows[self._comm.rank :: self._comm.size] if s is not None])
 
-    def propose(self, view: View, count: int) -> Tensor:
+    def propose(self, view: View, count: int) -> tuple[Tensor, Tensor]:
         rank, size = self._comm.rank, self._comm.size
         mine = View(*(getattr(view, name)[rank::size] for name in View.__slots__))
         length = mine.length
@@ -147,6 +149,5 @@ class Replica:
             drafts.append(tokens)
             first, valid = length + step, (length > 0)[:, None]
         own = torch.cat(drafts, dim=1)
-        if size == 1:
-            return own
-        return self._comm.all_gather(own).transpose(0, 1).reshape(-1, count)
+        every = own if size == 1 else self._comm.all_gather(own).transpose(0, 1).reshape(-1, count)
+        return every, torch.ones_like(view.length)

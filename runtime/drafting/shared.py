@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from runtime.comm import Communicator
-from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafter import Draft, Drafter
 from runtime.scheduler import Work
 from runtime.sequence import Sequence
 
@@ -21,21 +21,22 @@ class Shared:
     """
 
     def __init__(self, drafter: Drafter, comm: Communicator, device: torch.device) -> None:
+        self.lookups, self.chains = drafter.lookups, drafter.chains
         self._drafter = drafter
         self._comm = comm
         self._device = device
 
-    def propose(self, works: list[Work]) -> list[list[int]]:
+    def propose(self, works: list[Work]) -> list[Draft]:
         if not works:
             return []
         owners = np.array([work.sequence.slot % self._comm.size for work in works], np.int64)
         mine = np.flatnonzero(owners == self._comm.rank).tolist()
-        table = np.full((len(works), max(work.num_drafts for work in works)), END, np.int32)
-        for row, tokens in zip(mine, self._drafter.propose([works[row] for row in mine]), strict=True):
-            table[row, : len(tokens)] = tokens
+        table = np.full((len(works), 1 + max(work.num_drafts for work in works)), END, np.int32)
+        for row, draft in zip(mine, self._drafter.propose([works[row] for row in mine]), strict=True):
+            table[row, 0] = draft.source
+            table[row, 1 : 1 + len(draft.tokens)] = draft.tokens
         tables = self._comm.all_gather(torch.from_numpy(table).to(self._device)).cpu().numpy()
-        drafts: list[list[int]] = tables[owners, np.arange(len(works))].tolist()
-        return drafts
+        return [Draft(tokens, source) for source, *tokens in tables[owners, np.arange(len(works))].tolist()]
 
     def rewind(self, sequence: Sequence) -> None:
         self._drafter.rewind(sequence)

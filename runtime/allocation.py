@@ -1,0 +1,79 @@
+"""How many drafts of whom are worth their time: the numbers that give most tokens per second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Seconds = Callable[[Array], Array]
+DraftSeconds = Callable[[Array, Array], Array]
+
+DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 56)  # of a model's chains, and the deepest
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """counts: drafts of every offer, int64 [N]. tokens, seconds: what is expected of a round with them."""
+
+    counts: NDArray[np.int64]
+    tokens: float
+    seconds: float
+
+
+def allocate(
+    stands: Array, shares: Array, chained: NDArray[np.bool_], base: float, rows: float, seconds: Seconds, drafting: DraftSeconds
+) -> Allocation:
+    """The numbers of drafts with the most expected tokens per second.
+
+    stands: [N, K], the chance that draft j of offer n stands and all before it, which never rises along K. shares: [N], how
+    often the offer is made; what it brings and what it costs are counted so often. chained: [N], whether it is drafted
+    step by step by a model. base: tokens that a round decides without any draft; rows: that it computes. seconds(rows) is
+    what a round takes, drafting(steps, rows) what the model takes for that many tokens in that many steps.
+
+    A draft adds as many tokens as it has a chance to stand, and one row, wherever it is. So for any number of rows the
+    likeliest drafts are the best ones, and the best number is found by looking at each: whatever the form of `seconds`,
+    this is the maximum where all shares are 1. A model's steps are shared by its chains: each depth is looked at in turn.
+    """
+    places = np.arange(1, stands.shape[1] + 1)
+    gains, weights = stands.ravel(), np.repeat(shares, len(places))
+    of_model, depth_of = np.repeat(chained, len(places)), np.tile(places, len(shares))
+    order = np.argsort(-gains, kind="stable")  # so that of equals the earlier position comes first
+    order = order[(weights[order] > 0) & (gains[order] > 0)]
+    best, picked = Allocation(np.zeros(len(stands), np.int64), base, float(seconds(np.array([rows]))[0])), order[:0]
+    for depth in depths(len(places)) if chained.any() else [0]:
+        usable = order[~of_model[order] | (depth_of[order] <= depth)]
+        if not len(usable):
+            continue
+        weight = weights[usable]
+        drafted = np.cumsum(weight * of_model[usable])
+        tokens = base + np.cumsum(weight * gains[usable])
+        taken = seconds(rows + np.cumsum(weight)) + drafting(np.array(float(depth)), drafted)
+        most = int(np.argmax(tokens / taken))
+        if tokens[most] / taken[most] > best.tokens / best.seconds:
+            picked = usable[: most + 1]
+            best = Allocation(best.counts, float(tokens[most]), float(taken[most]))
+    counts = np.bincount(picked // len(places), minlength=len(stands))
+    return Allocation(counts.astype(np.int64), best.tokens, best.seconds)
+
+
+def allocate_evenly(
+    stands: Array, shares: Array, chained: NDArray[np.bool_], base: float, rows: float, seconds: Seconds, drafting: DraftSeconds
+) -> Allocation:
+    """The same where every sequence's rows are as many as the longest draft needs: one number for all offers."""
+    best = Allocation(np.zeros(len(stands), np.int64), base, float(seconds(np.array([rows]))[0]))
+    for depth in depths(stands.shape[1]):
+        tokens = base + float((shares * stands[:, :depth].sum(1)).sum())
+        chains = float(shares[chained].sum())
+        taken = float(seconds(np.array([rows * (depth + 1)]))[0] + drafting(np.array(float(depth)), np.array(depth * chains)))
+        if tokens / taken > best.tokens / best.seconds:
+            best = Allocation(np.full(len(stands), depth), tokens, taken)
+    return best
+
+
+def depths(most: int) -> list[int]:
+    """Some of the numbers from 0 to `most`, and these two."""
+    return [*(depth for depth in DEPTHS if depth < most), most]
