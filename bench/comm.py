@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench.kernels import table
+from bench.tables import table
 from runtime.comm import Communicator, SharedMemory, TorchGroup
 
 SIZES = [4 << 10, 16 << 10, 64 << 10, 160 << 10, 512 << 10]

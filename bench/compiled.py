@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.kernels import table
+from bench.tables import table
 from runtime.kernels.gpu import attention, cache, linear, sampling
 from runtime.kernels.gpu.table import FOLDER, parse
 

@@ -25,7 +25,7 @@ if "--dry-run" in sys.argv:
 import torch
 from torch import Tensor
 
-from bench.kernels import table
+from bench.tables import table
 from runtime.kernels import gpu, reference
 from runtime.kernels.packed import PackedInt4
 from runtime.quantize.int4 import Int4Weight

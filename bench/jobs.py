@@ -41,6 +41,8 @@ def run_job(
     """Runs one job from the beginning, `settings` as --set and `options` as they are. Exits with its code if it fails."""
     output.mkdir(parents=True, exist_ok=True)
     results, summary = output / "results.jsonl", output / "summary.json"
+    for left in (results, results.with_name("results.jsonl.job"), summary):
+        left.unlink(missing_ok=True)
     command = [*LAUNCHERS[launcher], str(ranks), "launcher/main.py", *options]
     command += ["--output", str(results), "--summary", str(summary)]
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]

@@ -13,12 +13,13 @@ import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.tables import table
 from runtime import kernels
 from runtime.quantize import int4, int8
 
@@ -105,12 +106,6 @@ def attention(rows: int, sequences: int, context: int, repeats: int) -> dict[str
         return torch.nn.functional.scaled_dot_product_attention(split, k, v, attn_mask=mask, enable_gqa=True)
 
     return interleaved({"ours, paged": paged, "torch, contiguous": dense}, repeats)
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header)]
-    lines += [["---"] * len(lines[0]), *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ costs, and nothing about acceptance.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -19,21 +18,10 @@ from typing import Any
 
 from bench.enlarge import SOURCE, enlarge
 from bench.jobs import run_job
+from bench.prompts import write_requests
 from bench.shapes import SHAPES
 
 OVERHEAD = ("draft", "decide", "exchange", "coordinate", "rest")
-
-
-def write_prompts(path: Path, count: int, length: int, new_tokens: int) -> None:
-    """Prompts of random token ids, greedy, end tokens ignored."""
-    with path.open("w") as file:
-        for number in range(count):
-            body = {
-                "prompt": [random.Random(number).randrange(1, 4000) for _ in range(length)],
-                "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True,
-            }  # fmt: skip
-            line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
-            file.write(json.dumps(line) + "\n")
 
 
 def measure(model: Path, prompts: Path, ranks: int, merge: str, batch: int, drafts: int) -> dict[str, Any]:
@@ -67,7 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model, prompts = Path(scratch) / "model", Path(scratch) / "prompts.jsonl"
         enlarge(SOURCE, model, SHAPES[given.shape])
-        write_prompts(prompts, given.batch, 64, given.new_tokens)
+        ids = [[random.Random(number).randrange(1, 4000) for _ in range(64)] for number in range(given.batch)]
+        write_requests(prompts, [("random", tokens) for tokens in ids], given.new_tokens, 0.0)
         for ranks in given.ranks:
             for merge in ("group", "coordinator"):
                 summary = measure(model, prompts, ranks, merge, given.batch, given.drafts)

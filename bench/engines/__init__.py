@@ -1,0 +1,1 @@
+"""Peers, each run by a small program of its own in an environment of its own."""

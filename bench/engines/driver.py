@@ -1,0 +1,58 @@
+"""What every peer's program does: takes a job, loads, warms up, generates against the clock, says what came out.
+
+Runs in the peer's environment, so it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+Generate = Callable[[list[list[int]], int], list[list[int]]]  # up to `batch` prompts, new tokens of each -> continuations
+
+
+@dataclass(frozen=True)
+class Job:
+    """model: what the peer loads. prompts: token ids. Every prompt is continued greedily by exactly max_tokens tokens,
+    `batch` prompts at a time. speculation: none, ngram or model (which drafts with draft_model), drafts tokens a check."""
+
+    model: str
+    prompts: list[list[int]]
+    max_tokens: int
+    batch: int
+    threads: int
+    speculation: str
+    drafts: int
+    draft_model: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """outputs: the continuations. seconds: from the first prompt to the last token. peak_memory_bytes: resident."""
+
+    outputs: list[list[int]]
+    seconds: float
+    load_seconds: float
+    peak_memory_bytes: int
+
+
+def run(load: Callable[[Job], Generate]) -> None:
+    """Carries out the job in the file that is the first argument, and writes its result to the second.
+
+    The first batch's short continuation is the warm-up.
+    """
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    start = time.perf_counter()
+    generate = load(job)
+    generate(job.prompts[: job.batch], 8)
+    ready = time.perf_counter()
+    batches = [job.prompts[i : i + job.batch] for i in range(0, len(job.prompts), job.batch)]
+    outputs = [output for batch in batches for output in generate(batch, job.max_tokens)]
+    seconds = time.perf_counter() - ready
+    peak = sum(1024 * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    Path(sys.argv[2]).write_text(json.dumps(asdict(Result(outputs, seconds, ready - start, peak))))
