@@ -15,7 +15,6 @@ import torch
 
 from configs.schema import ModelConfig
 from launcher.corpus import windows
-from launcher.encoder import load_tokenizer
 from launcher.quantize import calibrate
 from launcher.quantize import parse_arguments as quantize_arguments
 from runtime.comm import Solo
@@ -23,6 +22,7 @@ from runtime.compare import Comparison, logits_of
 from runtime.model import Model, load_model
 from runtime.quantize.layer import METHODS, Recipe
 from runtime.quantize.stream import quantize_model
+from runtime.tokenizer import load_tokenizer
 
 
 def main() -> None:

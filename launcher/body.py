@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Given = Annotated[str, Field(min_length=1)]
+from launcher.strict import Given, Strict
+from launcher.structure import KINDS, ResponseFormat, StructuredOutputs
+
 Limit = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
 Tokens = "a whole number from 1 to 2147483647"
@@ -21,12 +23,6 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Likeliest = Annotated[int, Field(ge=0, le=20)]
-
-
-class Strict(BaseModel):
-    """Frozen, with no unknown keys and no conversions; a field's description says what is expected of its value."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Envelope(Strict):
@@ -103,6 +99,10 @@ class Body(Strict):
         None, description="a list of strings, none empty"
     )
     prompt_logprobs: Likeliest | None = Field(None, description="a whole number from 0 to 20")
+    response_format: ResponseFormat | None = Field(None, description='an object with a "type"')
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="an object with one of json, regex, choice, grammar, json_object"
+    )
     stream: Literal[False] | None = Field(None, description="false (a batch is not streamed)")
 
     @property
@@ -126,7 +126,18 @@ class Body(Strict):
 
     def contradictions(self) -> Iterator[str]:
         """What parameters that are right by themselves say against each other, as far as no model is needed for it."""
-        raise NotImplementedError
+        asked = self.structured_outputs.asked if self.structured_outputs is not None else []
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        if self.structured_outputs is not None and len(asked) != 1:
+            yield f"structured_outputs: expected one of {', '.join(KINDS)}, got {' and '.join(asked) or 'none'}"
+        if asked and formatted:
+            yield "response_format: only text is supported with structured_outputs"
+        if self.response_format is not None and (self.response_format.type == "json_schema") is (
+            self.response_format.json_schema is None
+        ):
+            yield "response_format.json_schema: expected with the type json_schema, and only there"
+        if (asked or formatted) and self.ignore_eos:
+            yield "ignore_eos: only false is supported with structured output, whose end is an end token"
 
 
 class CompletionBody(Body):
@@ -142,6 +153,7 @@ class CompletionBody(Body):
         return self.logprobs
 
     def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.best_of is not None and self.best_of != self.copies:
             yield f"best_of: only the value of n, {self.copies}, is supported, got {self.best_of}"
 
@@ -165,6 +177,7 @@ class ChatBody(Body):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.top_logprobs and not self.logprobs:
             yield f"top_logprobs: only 0 is supported without logprobs: true, got {self.top_logprobs}"
 
@@ -181,8 +194,6 @@ BOTH: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
     "stream_options": (),
-    "structured_outputs": (),
-    "response_format": ({"type": "text"},),
     "priority": (0,),
 }
 NEUTRAL: dict[type[CompletionBody] | type[ChatBody], dict[str, tuple[Any, ...]]] = {

@@ -11,9 +11,17 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from launcher.body import BODIES, NEUTRAL, ChatBody, CompletionBody, Envelope, Message, Strict, TextPart
+from launcher.body import BODIES, NEUTRAL, ChatBody, CompletionBody, Envelope, Message, TextPart
+from launcher.strict import Strict
+from launcher.structure import JsonSchema, ResponseFormat, StructuredOutputs
 
 M = TypeVar("M", bound=Strict)
+
+NESTED: dict[str, tuple[type[Strict], ...]] = {  # parameters that are objects, and the objects within them
+    "messages": (Message, TextPart),
+    "response_format": (ResponseFormat, JsonSchema),
+    "structured_outputs": (StructuredOutputs,),
+}
 
 
 class BadRequest(Exception):
@@ -85,8 +93,9 @@ def check(model: type[M], given: dict[str, Any], custom_id: str | None) -> M:
 def explain(model: type[Strict], problems: list[ErrorDetails]) -> tuple[str, str]:
     """(code, message) for what is wrong with one parameter: its alternatives fail together, so the first one speaks."""
     first = problems[0]
-    nested = {**TextPart.model_fields, **Message.model_fields} if model is ChatBody else {}
     top, *rest = first["loc"]
+    parts = NESTED.get(str(top), ())
+    nested = {field.alias or name: field for part in parts for name, field in part.model_fields.items()}
     unknown = first["type"] == "extra_forbidden"
     # What is neither an index nor a field is the name that pydantic gave to an alternative of a union.
     inner = [part for part in rest if isinstance(part, int) or part in nested]

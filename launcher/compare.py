@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from configs.schema import ModelConfig
     from launcher.corpus import BadText, windows
-    from launcher.encoder import TokenizerError, load_tokenizer
     from runtime.checkpoint import ModelError
     from runtime.comm import Solo
     from runtime.compare import compare
     from runtime.model import load_model
+    from runtime.tokenizer import TokenizerError, load_tokenizer
 
     try:
         changes = {key.removeprefix("model."): yaml.safe_load(value) for key, _, value in (x.partition("=") for x in given.set)}

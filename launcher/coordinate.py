@@ -18,7 +18,7 @@ from configs.schema import RunConfig
 from launcher.answers import Answers
 from launcher.batch import BadRequest, InputError, Scan, parse, scan
 from launcher.defaults import Defaults, DefaultsError, read_defaults
-from launcher.encoder import Encoder, TokenizerError, copies, load_tokenizer
+from launcher.encoder import Encoder, copies
 from launcher.journal import Journal, JournalError
 from launcher.progress import Progress
 from launcher.results import Writer, error_row
@@ -28,6 +28,7 @@ from runtime.coordinator import Coordinator, Finished, Refused
 from runtime.group import Limits
 from runtime.messages import Failure, Stop
 from runtime.request import Request, SpeculationStats
+from runtime.tokenizer import TokenizerError, load_tokenizer
 from workers.shell import Shell
 from workers.transport import Server
 
@@ -86,7 +87,9 @@ class Job:
         """What is still to be done, in order, every continuation a request; a line that can't be run is an error row."""
         self.started = time.monotonic()
         facts = next(iter(self.machine.hellos.values()))
-        encoder = Encoder(self.tokenizer, facts.max_model_len, facts.vocab_size, self.config.seed, self.defaults)
+        encoder = Encoder(
+            self.tokenizer, facts.max_model_len, facts.vocab_size, self.config.seed, self.defaults, facts.end_tokens
+        )
         todo = (index for index in range(len(self.input)) if not self.journal.done(index))
         for index, raw in self.input.lines(todo):
             try:

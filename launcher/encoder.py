@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -10,30 +10,37 @@ from typing import Any, TypeVar
 
 from launcher.call import BadRequest, Call, ChatBody, CompletionBody, short
 from launcher.defaults import Defaults
+from launcher.structure import grammar_of
+from runtime.grammar import GrammarError, Grammars
 from runtime.request import Request, SamplingParams
+from runtime.tokenizer import load_tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions; a chat answer may by default take what room there is. Both as in vLLM.
 
 T = TypeVar("T")
 
 
-class TokenizerError(Exception):
-    """The model's tokenizer cannot be loaded."""
-
-
 class Encoder:
     """Turns calls into requests for one model. A request is a function of its call and the job's seed alone."""
 
     def __init__(
-        self, tokenizer: Any, max_model_len: int, vocab_size: int, job_seed: int, defaults: Defaults | None = None
+        self,
+        tokenizer: Any,
+        max_model_len: int,
+        vocab_size: int,
+        job_seed: int,
+        defaults: Defaults | None = None,
+        end_tokens: Iterable[int] = (),
     ) -> None:
         """`tokenizer` is what `load_tokenizer` gives, or the directory to give it. `defaults` are OpenAI's if not given.
 
-        `vocab_size` is the model's, `max_model_len` counts prompt and output together. Raises TokenizerError.
+        `vocab_size` and `end_tokens` are the model's, `max_model_len` counts prompt and output together. Raises
+        TokenizerError.
         """
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         self.max_model_len, self.vocab_size, self.job_seed = max_model_len, vocab_size, job_seed
         self.defaults = defaults or Defaults()
+        self.grammars = Grammars(lambda: self.tokenizer, vocab_size, frozenset(end_tokens))
 
     def encode(self, call: Call) -> Request:
         """The request that this call asks for. Raises BadRequest where the model cannot run it."""
@@ -88,11 +95,24 @@ class Encoder:
             logit_bias=bias,
             allowed_token_ids=None if body.allowed_token_ids is None else tuple(sorted(set(body.allowed_token_ids))),
             bad_words=bad_words,
+            grammar=self.grammar(call),
             logprobs=body.likeliest,
             prompt_logprobs=prompt_logprobs,
             include_stop_str_in_output=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
         )
+
+    def grammar(self, call: Call) -> str | None:
+        """What the output has to follow, compiled here to see whether it can be; ranks do so again by themselves."""
+        body = call.body
+        try:
+            text = grammar_of(body.response_format, body.structured_outputs)
+            if text is not None:
+                self.grammars.guide(text)
+        except GrammarError as error:
+            asked = "response_format" if body.structured_outputs is None else "structured_outputs"
+            raise BadRequest(call.custom_id, "invalid_value", f"{asked}: {error}") from error
+        return text
 
     def bad_words(self, call: Call) -> tuple[tuple[int, ...], ...]:
         """The token sequences of words that must not come: each as it starts a text and as it follows a space.
@@ -143,22 +163,6 @@ class Encoder:
                 "invalid_value",
                 f"{name}: token id {max(tokens)} is not in the vocabulary, which ends at {self.vocab_size - 1}",
             )
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of a model directory. Raises TokenizerError; never looks anywhere but there.
-
-    AutoTokenizer and not a class of our choice, because the rules by which it picks one belong to the model's format.
-    It imports torch, so it is imported here and not at the top: nothing else of the launcher's files needs either.
-    """
-    if not Path(directory).is_dir():
-        raise TokenizerError(f"no tokenizer: {directory} is not a directory")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # whatever a broken directory makes transformers raise
-        raise TokenizerError(f"cannot load the tokenizer of {directory}: {error}") from error
 
 
 def seed_of(job_seed: int, custom_id: str) -> int:

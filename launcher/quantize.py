@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import Progress
 
     from launcher.corpus import BadText
-    from launcher.encoder import TokenizerError
     from runtime.checkpoint import ModelError
     from runtime.quantize.layer import Recipe
     from runtime.quantize.stream import quantize_model
+    from runtime.tokenizer import TokenizerError
 
     recipe = Recipe(given.method, given.group_size, given.symmetric, given.activation_order, given.damping)
     try:
@@ -82,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def calibrate(given: argparse.Namespace) -> list[list[int]]:
     """Windows of calibration, all of one length."""
     from launcher.corpus import BadText, windows
-    from launcher.encoder import load_tokenizer
     from runtime.checkpoint import read_json
+    from runtime.tokenizer import load_tokenizer
 
     if given.calibration is None:
         # Kept beside the model: to go on after a stop takes the very same text, on whatever machine.

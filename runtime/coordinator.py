@@ -154,14 +154,16 @@ class Coordinator:
             return [Refused(request.index, f"the prompt has a token outside of the vocabulary of {facts.vocab_size}")]
         if not all(group.can_ever_hold(limit) for group in self._ready.values()):
             return [Refused(request.index, f"{limit} tokens do not fit into the KV cache; raise engine.kv_cache_memory")]
-        own_ends = frozenset() if params.ignore_eos else frozenset(facts.end_tokens)
+        model_ends, stops = frozenset(facts.end_tokens), frozenset(params.stop_token_ids)
+        own_ends = frozenset() if params.ignore_eos else model_ends
         sequence = Sequence(
             index=request.index,
             slot=-1,
             tokens=list(request.prompt),
             num_prompt=len(request.prompt),
             limit=limit,
-            ends=frozenset(params.stop_token_ids) | own_ends,
+            ends=stops | own_ends,
+            premature=stops | model_ends,
             sampling=Sampling.of(params),
             copy=request.copy,
             borrows=params.prompt_logprobs is None,
@@ -271,8 +273,8 @@ class Coordinator:
             stats.count(num_drafts, len(tokens) - 1)
         stopped: Stopped | None = None
         for token in tokens:
-            sequence.commit([token])
-            stopped = None if token in sequence.ends else track.watch.push(token)
+            kept = sequence.commit([token])
+            stopped = track.watch.push(token) if kept and token not in sequence.ends else None
             if stopped is not None:
                 sequence.finish("stop")
             if sequence.finish_reason is not None:

@@ -19,12 +19,17 @@ def edit(logits: Tensor, rows: list[tuple[Check, int]], first: int) -> None:
     """Changes logits [R, V/ranks] float32 in place, as vLLM does and in its order.
 
     rows: of each row its check and the position it decides; only tokens before that count, drafts among them. first: id
-    of the slice's first token. Allowed ids leave nothing else; a bad word's last token is forbidden where the output ends
-    in the others; tokens that end a sequence are forbidden before `min_tokens`; then biases are added; then come penalties:
+    of the slice's first token. A grammar leaves what it lets follow; allowed ids leave nothing else; a bad word's last token
+    is forbidden where the output ends in the others; end tokens and stop tokens are forbidden before `min_tokens`, ends that
+    are ignored as well; then biases are added; then come penalties:
     repetition (of prompt and output) divides positive logits and multiplies others, frequency subtracts for each
     occurrence in the output, presence once. Nothing crosses the slice, so ranks need no exchange.
     """
     width = logits.shape[1]
+    guided = [row for row, (check, _) in enumerate(rows) if check.sequence.guide is not None]
+    if guided:
+        masks = torch.from_numpy(np.stack([mask(*rows[row], first, width) for row in guided])).to(logits.device)
+        logits[guided] = logits[guided].where(masks, -torch.inf)
     for row, (check, _) in enumerate(rows):
         allowed = check.sequence.sampling.allowed_token_ids
         if allowed is not None:
@@ -60,6 +65,14 @@ def edit(logits: Tensor, rows: list[tuple[Check, int]], first: int) -> None:
         flat[places] -= values
 
 
+def mask(check: Check, position: int, first: int, width: int) -> NDArray[np.bool_]:
+    """What the grammar of a check's sequence allows at a position, within a slice of the vocabulary; bool [width]."""
+    guide = check.sequence.guide
+    assert guide is not None
+    allowed = guide.mask(split(check, position)[1].tolist())[first : first + width]
+    return np.pad(allowed, (0, width - len(allowed)))
+
+
 def split(check: Check, position: int) -> tuple[Ids, Ids]:
     """The tokens before a position, prompt and output apart."""
     sequence = check.sequence
@@ -69,9 +82,9 @@ def split(check: Check, position: int) -> tuple[Ids, Ids]:
 
 
 def forbidden_ids(sequence: Sequence, output: Ids) -> list[int]:
-    """Tokens that may not follow this output: last tokens of bad words, and ends as long as it is too short."""
+    """Tokens that may not follow this output: last tokens of bad words, and whatever ends as long as it is too short."""
     sampling: Sampling = sequence.sampling
-    found = sorted(sequence.ends) if len(output) < sampling.min_tokens else []
+    found = sorted(sequence.premature) if len(output) < sampling.min_tokens else []
     for *prefix, last in filter(None, sampling.bad_words):
         if output[max(0, len(output) - len(prefix)) :].tolist() == prefix:
             found.append(last)

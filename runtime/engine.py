@@ -15,6 +15,7 @@ from runtime.check import Check
 from runtime.clock import Clock
 from runtime.comm import Communicator
 from runtime.drafting.drafter import Draft, Drafter
+from runtime.grammar import Grammars
 from runtime.kv_cache import KVCache
 from runtime.logprobs import Logprobs
 from runtime.model import Model
@@ -63,12 +64,12 @@ class Engine:
     """Holds a rank's sequences and runs rounds over them, in step with the other ranks of its group.
 
     Every rank calls the same methods in the same order; what they compute differs only in the slice of the model.
-    budget: tokens a round computes at most.
+    budget: tokens a round computes at most. grammars: of the target's vocabulary.
     """
 
     def __init__(
         self, model: Model, cache: KVCache, comm: Communicator, drafter: Drafter, budget: int, clock: Clock,
-        resident: Resident | None = None,
+        grammars: Grammars, resident: Resident | None = None,
     ) -> None:  # fmt: skip
         self.clock = clock
         self.sequences: dict[int, Sequence] = {}  # by slot, in order of admission
@@ -77,9 +78,13 @@ class Engine:
         self._comm = comm
         self.drafter = drafter
         self._budget = budget
+        self._grammars = grammars
         self._resident = resident
 
     def admit(self, sequence: Sequence) -> None:
+        """Takes up a sequence. Raises GrammarError where its grammar cannot be compiled."""
+        if sequence.sampling.grammar is not None and sequence.guide is None:
+            sequence.guide = self._grammars.guide(sequence.sampling.grammar)
         self.sequences[sequence.slot] = sequence
 
     def release(self, slot: int) -> None:
@@ -126,7 +131,7 @@ class Engine:
         with self.clock.part("draft"):
             proposed = iter(self.drafter.propose([work for work in works if work.num_drafts > 0]))
         made = [next(proposed) if work.num_drafts > 0 else Draft([], -1) for work in works]
-        drafts = [self._known(draft.tokens) for draft in made]
+        drafts = [self._cut(work.sequence, draft.tokens) for work, draft in zip(works, made, strict=True)]
         return Round(
             works,
             np.array([work.sequence.slot for work in works], np.int32),
@@ -136,9 +141,10 @@ class Engine:
             np.array([draft.source for draft in made], np.int32),
         )
 
-    def _known(self, draft: list[int]) -> list[int]:
-        """A draft up to the first id that the target has no embedding for."""
-        return list(takewhile(lambda token: 0 <= token < self._model.vocab_size, draft))
+    def _cut(self, sequence: Sequence, draft: list[int]) -> list[int]:
+        """A draft up to the first id that the target has no embedding for or that the sequence's grammar forbids."""
+        known = list(takewhile(lambda token: 0 <= token < self._model.vocab_size, draft))
+        return known if sequence.guide is None else known[: sequence.guide.stand(sequence.output, known)]
 
     def verify(self, round_: Round) -> Choice:
         """Runs the target over the round's rows, and chooses within this rank's slice of the vocabulary."""

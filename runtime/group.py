@@ -264,4 +264,5 @@ def admission(sequence: Sequence) -> Admission:
         sampling=sequence.sampling,
         copy=sequence.copy,
         num_computed=sequence.num_computed,
+        premature=sorted(sequence.premature),
     )

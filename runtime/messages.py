@@ -70,6 +70,7 @@ class Admission:
     sampling: Sampling
     copy: int = 0
     num_computed: int = 0
+    premature: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

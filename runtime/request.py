@@ -11,8 +11,9 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `seed` feeds the keyed noise. `max_tokens` counts output tokens. `stop` strings end the
     text before themselves (after, with `include_stop_str_in_output`); `stop_token_ids` and, unless `ignore_eos`, the
-    model's own end tokens end it after themselves, neither before `min_tokens`. `top_k` 0 is off. Biases are (token id,
-    bias) pairs; bad words are token sequences that must not be completed. `logprobs` n asks for each output token's
+    model's own end tokens end it after themselves, none of which comes before `min_tokens`. `top_k` 0 is off. Biases are
+    (token id, bias) pairs; bad words are token sequences that must not be completed; `grammar` is what the whole output
+    must follow, as `runtime/grammar.py` reads it. `logprobs` n asks for each output token's
     log-probability and the n likeliest tokens', `prompt_logprobs` the same of the prompt; None asks for nothing.
     """
 
@@ -32,6 +33,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
@@ -115,9 +117,10 @@ class SpeculationStats:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request: output tokens (the end token included), their text, and why it ended ("stop", "length").
+    """A finished request: output tokens (the end token included), their text, and why it ended ("stop", "length", "error").
 
-    `stop_reason` is the stop string or the id among `stop_token_ids` that ended it; None for the model's own end tokens.
+    It ends in "error" where the request allows no token at all. `stop_reason` is then "no_token_allowed"; else the stop
+    string or the id among `stop_token_ids` that ended it, and None for the model's own end tokens.
     """
 
     index: int

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from runtime.grammar import Guide
 from runtime.request import SamplingParams
+from runtime.verify import NOTHING
 
 GREEDY_BELOW = 1e-5  # temperatures under this are 0, as in vLLM: logits over them would overflow
 
@@ -30,6 +32,7 @@ class Sampling:
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: list[int] | None = None
     bad_words: list[list[int]] = field(default_factory=list)
+    grammar: str | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -48,6 +51,7 @@ class Sampling:
             logit_bias={token: float(bias) for token, bias in params.logit_bias},
             allowed_token_ids=None if params.allowed_token_ids is None else list(params.allowed_token_ids),
             bad_words=[list(word) for word in params.bad_words],
+            grammar=params.grammar,
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
         )
@@ -57,7 +61,7 @@ class Sampling:
         """Whether logits are changed or forbidden before the temperature."""
         return bool(
             self.min_tokens or self.logit_bias or self.bad_words or self.presence_penalty or self.frequency_penalty
-        ) or (self.allowed_token_ids is not None or self.repetition_penalty != 1)
+        ) or (self.allowed_token_ids is not None or self.grammar is not None or self.repetition_penalty != 1)
 
     @property
     def filters(self) -> bool:
@@ -82,7 +86,9 @@ class Sequence:
     index, copy: its name, as in `runtime.request.Request`.
     borrows: whether it may start behind blocks that another copy of its prompt has computed; not where the whole prompt's
         log-probabilities are wanted, which come from computing it.
-    limit: committed tokens at which it ends ("length"); ends: token ids that end it ("stop").
+    limit: committed tokens at which it ends ("length"); ends: token ids that end it ("stop"). premature: ids that may not
+        come before `min_tokens`: those, and the model's own ends where the request ignores them.
+    guide: what its grammar lets follow, on ranks and where it has one.
     """
 
     index: int
@@ -98,6 +104,8 @@ class Sequence:
     copy: int = 0
     borrows: bool = True
     allowance: list[int] = field(default_factory=list)
+    premature: frozenset[int] = frozenset()
+    guide: Guide | None = None
 
     @property
     def name(self) -> tuple[int, int]:
@@ -115,12 +123,17 @@ class Sequence:
     def commit(self, tokens: Iterable[int]) -> list[int]:
         """Appends decided tokens up to the one that ends the sequence; returns those that were appended.
 
+        NOTHING, where no token was allowed, ends it too ("error") and is not appended.
+
         The keys and values of all of them but the last are in the cache: a decision's tokens are drafts that stood,
         which the check computed, and one token after them, which nothing has computed yet.
         """
         kept: list[int] = []
         for token in tokens:
             if self.finish_reason is not None:
+                break
+            if token == NOTHING:
+                self.finish_reason = "error"
                 break
             self.tokens.append(token)
             kept.append(token)

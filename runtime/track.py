@@ -8,6 +8,8 @@ from runtime.detokenizer import Decode, Stopped, StopWatch, whole_text
 from runtime.request import Completion, Request, SpeculationStats, TokenLogprob
 from runtime.sequence import Sequence
 
+DEAD_END = "no_token_allowed"  # what stopped a sequence that ended in "error"
+
 
 @dataclass(slots=True)
 class Track:
@@ -27,11 +29,13 @@ class Track:
         if stopped is not None:
             text, reason = stopped
         else:
-            ended = output[-1] in sequence.ends
+            ended = sequence.finish_reason == "stop"
             shown = output[:-1] if ended and not params.include_stop_str_in_output else output
             text = whole_text(self.decode, shown)
             if ended and output[-1] in params.stop_token_ids and output[-1] not in self.own_ends:
                 reason = output[-1]
+            if sequence.finish_reason == "error":
+                reason = DEAD_END
         assert sequence.finish_reason is not None
         return Completion(
             index=sequence.index,

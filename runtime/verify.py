@@ -12,6 +12,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+NOTHING = -1  # in place of a token where none is allowed
+
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
@@ -50,13 +52,14 @@ class Decision:
 def merge(scores: Floats, ids: Ints) -> Ints:
     """The winning token of every row. scores: float32 [ranks, R]; ids: int32 [ranks, R]. Returns int32 [R].
 
-    The larger score wins, the smaller id on ties: associative and commutative, so no order of arrival matters.
-    Raises NotANumber.
+    The larger score wins, the smaller id on ties: associative and commutative, so no order of arrival matters. A row in
+    which no score is above minus infinity has NOTHING. Raises NotANumber.
     """
     if np.isnan(scores).any():
         raise NotANumber("the model's output is not a number (NaN); its weights, or their type's range, are at fault")
-    best = scores == scores.max(axis=0, keepdims=True)
-    return np.where(best, ids, np.iinfo(np.int32).max).min(axis=0).astype(np.int32)
+    top = scores.max(axis=0)
+    winners = np.where(scores == top, ids, np.iinfo(np.int32).max).min(axis=0)
+    return np.where(np.isneginf(top), NOTHING, winners).astype(np.int32)
 
 
 def decide(slots: Ints, decides: NDArray[np.bool_], num_drafts: Ints, drafts: Ints, targets: Ints) -> Decision:

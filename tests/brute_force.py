@@ -7,10 +7,11 @@ import random
 from typing import Any
 
 from runtime.sequence import Sampling, Sequence
+from tests.small_words import CHOICES, LETTERS, allowed, letters
 
 
 def edited(logits: list[float], sequence: Sequence, output: list[int]) -> list[float]:
-    """The logits after all that is forbidden, biased and penalised."""
+    """The logits after all that is forbidden, biased and penalised. The only grammar known here is CHOICE."""
     s, prompt = sequence.sampling, sequence.tokens[: sequence.num_prompt]
     out = []
     for token, value in enumerate(logits):
@@ -18,7 +19,8 @@ def edited(logits: list[float], sequence: Sequence, output: list[int]) -> list[f
         for word in s.bad_words:
             prefix = word[:-1]
             forbidden |= token == word[-1] and len(output) >= len(prefix) and output[len(output) - len(prefix) :] == prefix
-        forbidden |= len(output) < s.min_tokens and token in sequence.ends
+        forbidden |= s.grammar is not None and token not in allowed(set(CHOICES), LETTERS, output)
+        forbidden |= len(output) < s.min_tokens and token in sequence.premature
         value = -math.inf if forbidden else value
         value += s.logit_bias.get(token, 0.0)
         if token in prompt or token in output:
@@ -82,4 +84,6 @@ def random_filters(rng: random.Random) -> dict[str, Any]:
 def sequence_of(
     prompt: list[int], output: list[int], sampling: Sampling, ends: tuple[int, ...] = (), slot: int = 0
 ) -> Sequence:
-    return Sequence(slot, slot, [*prompt, *output], len(prompt), 10_000, frozenset(ends), sampling)
+    guide = None if sampling.grammar is None else letters().guide(sampling.grammar)
+    tokens, stops = [*prompt, *output], frozenset(ends)
+    return Sequence(slot, slot, tokens, len(prompt), 10_000, stops, sampling, premature=stops, guide=guide)

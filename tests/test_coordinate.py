@@ -14,11 +14,12 @@ from configs.load import load
 from launcher.batch import scan
 from launcher.coordinate import Job, fingerprint, system_fingerprint
 from launcher.defaults import Defaults
-from launcher.encoder import copy_seed, load_tokenizer
+from launcher.encoder import copy_seed
 from launcher.journal import Journal
 from runtime.coordinator import Coordinator, Finished, Refused
 from runtime.messages import Farewell, Hello, Message
 from runtime.request import Completion, Request, SpeculationStats
+from runtime.tokenizer import load_tokenizer
 from tests.driver import demo_config, load_once
 from tests.events import coordinator, hello, ready
 from workers.build import Place, build

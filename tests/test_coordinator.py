@@ -41,7 +41,8 @@ def test_first_plan() -> None:
             (0, 1),
             Plan(
                 number=1, rounds=2, decision=None, release=[],
-                admit=[Admission(0, 0, [1, 2, 3], num_prompt=3, limit=13, ends=[7, END], sampling=Sampling(0.5, 9))],
+                admit=[Admission(0, 0, [1, 2, 3], num_prompt=3, limit=13, ends=[7, END], sampling=Sampling(0.5, 9),
+                                 premature=[7, END])],
                 tables={0: [0, 1, 2]},  # 3 tokens, and 2 rounds of up to 4: 11
                 allowances={0: [3]},
             ),

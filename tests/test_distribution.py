@@ -2,7 +2,7 @@
 
 Every case draws pairs of consecutive tokens: each pair is one sequence with its own seed and one draft, which the rule
 checks; where it doesn't stand, a second check decides the second token, as in a real round. A table stands for the model:
-logits for the next token by the one before. False alarms: one in 10,000 for each of two tests of 40 cases, so less than
+logits for the next token by the one before. False alarms: one in 10,000 for each of two tests of 48 cases, so less than
 one run in 100.
 """
 
@@ -25,9 +25,10 @@ from runtime.sampling import choose
 from runtime.sequence import Sampling, Sequence
 from runtime.verify import decide
 from tests.brute_force import probabilities, sequence_of
+from tests.small_words import CHOICE
 
 VOCAB = 12
-DRAWS = 1_300  # sequences of a case, with two tokens each; 40 cases make 10^5 draws
+DRAWS = 1_300  # sequences of a case, with two tokens each; 48 cases make more than 10^5 draws
 FALSE_ALARM = 1e-4
 PROMPT = [3, 5]
 
@@ -42,6 +43,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "bias and allowed": {"logit_bias": {1: 2.0, 4: -1.0}, "allowed_token_ids": [0, 1, 3, 4, 8, 9, 11], "top_p": 0.9},
     "bad words": {"bad_words": [[7], [1, 2], [0, 0], [5, 3]], "min_p": 0.01},
     "min_tokens": {"min_tokens": 1, "top_k": 7},
+    "grammar": {"grammar": CHOICE},
+    "grammar and the rest": {"grammar": CHOICE, "top_p": 0.9, "logit_bias": {3: 1.0}, "frequency_penalty": 0.5},
 }
 
 Draft = Callable[[Tensor, Sequence, random.Random], int]

@@ -12,15 +12,16 @@ from runtime.check import Check
 from runtime.edits import edit
 from runtime.sequence import Sampling
 from tests.brute_force import edited, random_edits, sequence_of
+from tests.small_words import CHOICE
 
 VOCAB = 40
-NAMES = list(random_edits(random.Random(0), VOCAB))
+NAMES = [*random_edits(random.Random(0), VOCAB), "grammar"]
 
 
 def some_checks(rng: random.Random, count: int, names: list[str]) -> list[Check]:
     checks = []
     for slot in range(count):
-        few = random_edits(rng, VOCAB)
+        few = random_edits(rng, VOCAB) | {"grammar": rng.choice([None, CHOICE])}
         sampling = Sampling(**{name: few[name] for name in names})
         prompt, output, drafts = (
             [rng.randrange(4 if rng.random() < 0.7 else VOCAB) for _ in range(rng.randint(low, 8))] for low in (1, 0, 0)
@@ -70,7 +71,7 @@ def test_nothing_asked_changes_nothing() -> None:
 def test_what_a_request_asks_shows() -> None:
     for name, value in [
         ("min_tokens", 1), ("presence_penalty", 0.1), ("frequency_penalty", -0.1), ("repetition_penalty", 0.9),
-        ("logit_bias", {1: 1.0}), ("allowed_token_ids", []), ("bad_words", [[1]]),
+        ("logit_bias", {1: 1.0}), ("allowed_token_ids", []), ("bad_words", [[1]]), ("grammar", "start: //"),
     ]:  # fmt: skip
         assert Sampling(**{name: value}).edits, name
     assert not Sampling(0.7, 3, top_p=0.5, logprobs=3).edits

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from launcher.batch import BadRequest, Call, Encoder, parse
 from launcher.defaults import Defaults, DefaultsError, read_defaults
-from launcher.encoder import TokenizerError, copies, copy_seed, seed_of
+from launcher.encoder import copies, copy_seed, seed_of
+from launcher.structure import of_choice, of_schema
 from runtime.request import Request, SamplingParams
+from runtime.tokenizer import TokenizerError
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -52,7 +54,7 @@ def make_model(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(model: Path) -> Encoder:
-    return Encoder(model, max_model_len=64, vocab_size=400, job_seed=1)
+    return Encoder(model, max_model_len=64, vocab_size=400, job_seed=1, end_tokens=[1])
 
 
 def test_text_gets_its_special_tokens_and_ids_do_not(encoder: Encoder) -> None:
@@ -87,15 +89,30 @@ def test_every_parameter_arrives(encoder: Encoder) -> None:
     given = {
         "max_tokens": 9, "min_tokens": 3, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "presence_penalty": 1,
         "frequency_penalty": -1, "repetition_penalty": 1.5, "logit_bias": {"9": 1, "3": -100}, "prompt_logprobs": 2,
+        "structured_outputs": {"choice": ["a", "b"]},
         "allowed_token_ids": [7, 3, 7], "include_stop_str_in_output": True, "skip_special_tokens": False, "seed": 1,
     }  # fmt: skip
     expected = SamplingParams(
         max_tokens=9, min_tokens=3, top_p=0.5, top_k=7, min_p=0.1, presence_penalty=1, frequency_penalty=-1,
+        grammar=of_choice(["a", "b"]),
         repetition_penalty=1.5, logit_bias=((3, -100.0), (9, 1.0)), prompt_logprobs=2, allowed_token_ids=(3, 7),
         include_stop_str_in_output=True, skip_special_tokens=False, seed=1,
     )  # fmt: skip
     assert encoder.encode(call({"prompt": "hello", **given})).params == expected
     assert encoder.encode(call({"prompt": "hello", "top_k": -1, "seed": 1})).params == SamplingParams(seed=1)
+
+
+def test_both_ways_to_ask_for_a_structure_are_one(encoder: Encoder) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    for body in (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}},
+        {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"json": json.dumps(schema)}},
+    ):
+        assert encoder.encode(call({"prompt": "x", **body})).params.grammar == of_schema(schema)
+    for body in ({"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}):
+        assert encoder.encode(call({"messages": HELLO, **body}, CHAT)).params.grammar == of_schema({"type": "object"})
+    assert encoder.encode(call({"prompt": "x", "response_format": {"type": "text"}})).params.grammar is None
 
 
 @pytest.mark.parametrize(
@@ -200,6 +217,16 @@ def test_output_is_cut_to_what_fits(encoder: Encoder, length: int, asked: int | 
         ({"prompt": "x", "allowed_token_ids": [400]}, COMPLETIONS, "invalid_value", "allowed_token_ids: token id 400 is"),
         ({"prompt": "x", "min_tokens": 17}, COMPLETIONS, "invalid_value", "min_tokens: expected a whole number from 0 to "
          "max_tokens, which is 16, got 17"),
+        ({"prompt": "x", "structured_outputs": {"regex": "("}}, COMPLETIONS, "invalid_value", "structured_outputs: at 1(8): "
+         'invalid regex "("'),
+        ({"prompt": "x", "structured_outputs": {"json": "{"}}, COMPLETIONS, "invalid_value", "structured_outputs: the schema is"
+         " not JSON"),
+        ({"prompt": "x", "structured_outputs": {"json": "[]"}}, COMPLETIONS, "invalid_value", "structured_outputs: the schema "
+         "is not an object"),
+        ({"prompt": "x", "structured_outputs": {"grammar": "root ::= ("}}, COMPLETIONS, "invalid_value", "structured_outputs: "
+         "the grammar cannot be read"),
+        ({"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "thing"}}}}, CHAT,
+         "invalid_value", "response_format: at 1(8): failed to compile JSON schema: Invalid type: thing"),
         ({"prompt": "x", "min_tokens": 3, "max_tokens": 2}, COMPLETIONS, "invalid_value", "min_tokens: expected"),
         ({"prompt": "x", "bad_words": ["a", "  "]}, COMPLETIONS, "invalid_value", 'bad_words: "  " makes no tokens'),
         ({"prompt": "x", "bad_words": ["<end>", "<s>"], "allowed_token_ids": [0, 1]}, COMPLETIONS, "invalid_value",

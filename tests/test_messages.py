@@ -71,11 +71,13 @@ def some_message(kind: str, rng: random.Random) -> Message:
         return Sampling(
             rng.random(), seed, number(), rng.random(), number(), rng.random(), rng.random(), -rng.random(), 1.5,
             {number(): rng.random() for _ in range(3)}, rng.choice([None, numbers()]), [numbers(), numbers()],
-            rng.choice([None, 0, 20]), rng.choice([None, 0, 20]),
+            rng.choice([None, text]), rng.choice([None, 0, 20]), rng.choice([None, 0, 20]),
         )  # fmt: skip
 
     def admission() -> Admission:
-        return Admission(number(), number(), numbers(), number(), number(), numbers(), sampling(), number(), number())
+        return Admission(
+            number(), number(), numbers(), number(), number(), numbers(), sampling(), number(), number(), numbers()
+        )
 
     def costs() -> Costs | None:
         return rng.choice([None, Costs(numbers(), numbers(), [rng.random(), 1.0], rng.random(), 0.0)])
@@ -154,8 +156,8 @@ NO_SCORES = {"array": "<f4", "length": 0}
 EFFORT = {"part": "Effort", "fields": [0.5, 0.0, 3]}
 VERDICT = [0, 1, NONE, NONE, NONE, NONE, NO_SCORES, NONE, None, NONE, EFFORT]
 HELLO = [0, 0, "", 1, 1, 1, [2], "", 4, False, False, None]
-SAMPLING = {"part": "Sampling", "fields": [0.5, 0, 0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, {3: 1.5}, None, [[1, 2]], None, 0]}
-ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], SAMPLING, 0, 0]}
+SAMPLING = {"part": "Sampling", "fields": [0.5, 0, 0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, {3: 1.5}, None, [[1, 2]], None, None, 0]}
+ADMISSION = {"part": "Admission", "fields": [0, 0, [1], 1, 2, [], SAMPLING, 0, 0, [2]]}
 PLAN = [1, 1, None, [], [ADMISSION], {0: [1]}, {}]
 REPORT = [0, 1, b"", True, None, None, NONE, EFFORT]
 

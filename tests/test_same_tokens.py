@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from launcher.structure import of_choice, of_regex, of_schema
 from runtime.request import Completion, Request, SamplingParams
 from tests.driver import demo_config, run
 
 NUM_REQUESTS, NUM_LONG = 16, 4
+GRAMMARS = [
+    of_schema({"type": "object"}), of_regex("[a-z]*( [a-z]+){2,9}"), of_regex("(    [a-z ]+\\n)*"), of_choice(["def", "de"])
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,7 @@ def wishes(rng: random.Random, tokens: list[int]) -> dict[str, Any]:
         "logit_bias": lambda: tuple((token, rng.uniform(-5, 5)) for token in rng.sample(range(4000), 20)),
         "allowed_token_ids": lambda: tuple(rng.sample(sorted(set(tokens)), 100)),
         "bad_words": lambda: tuple(word() for _ in range(200)),
+        "grammar": lambda: rng.choice(GRAMMARS),
         "logprobs": lambda: rng.choice([0, 3, 20]),
         "prompt_logprobs": lambda: rng.choice([0, 3, 20]),
     }

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.verify import Decision, NotANumber, decide, merge
+from runtime.verify import NOTHING, Decision, NotANumber, decide, merge
 
 Pair = tuple[float, int]
 
 
 def winner(pairs: list[Pair]) -> int:
     top = max(score for score, _ in pairs)
-    return min(token for score, token in pairs if score == top)
+    return NOTHING if top == -np.inf else min(token for score, token in pairs if score == top)
 
 
 def merged(pairs: list[Pair]) -> int:

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from launcher.encoder import load_tokenizer
 from launcher.vocabulary import Vocabulary, byte_characters
+from runtime.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["def f(x):\n    return x\n", "naïve café 日本語のテキスト 🙂🙃", "  two  spaces ", "¶ÿ\u00ad\u007f"]

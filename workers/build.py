@@ -27,12 +27,14 @@ from runtime.drafting.model import ModelDrafter
 from runtime.drafting.resident import Given, Lookup, Proposer, Replica
 from runtime.drafting.shared import Shared
 from runtime.engine import Engine
+from runtime.grammar import Grammars
 from runtime.graphs import Graphs, capture_on
 from runtime.kernels.build import BuildError
 from runtime.kv_cache import KVCache
 from runtime.messages import Hello
 from runtime.model import Model
 from runtime.resident import Resident
+from runtime.tokenizer import load_tokenizer
 from runtime.trial import Trial
 from workers.memory import free_memory
 from workers.metered import Metered
@@ -81,6 +83,7 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     budget = config.engine.max_num_batched_tokens
     own = make_drafter(config, models.replica, num_blocks, device)
     drafter: Drafter = Shared(own, comm, device) if comm.size > 1 and config.speculation.width else own
+    grammars = Grammars(lambda: load_tokenizer(config.verifier.target), verifier.vocab_size, verifier.end_tokens)
     resident: Resident | None = None
     if lives_on(device):
         proposer = make_proposer(config, own, drafter, comm, device)
@@ -89,10 +92,10 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
             models.fast, cache, comm, proposer, graphs, own.lookups + own.chains, config.engine.max_num_seqs, longest, budget
         )
     if config.certified:
-        inner = Engine(models.fast, cache, comm, drafter, budget, Clock(), resident)
+        inner = Engine(models.fast, cache, comm, drafter, budget, Clock(), grammars, resident)
         drafter = Cascade(inner, drafter, config.inner_width)
         resident = None  # what lives on the device are the int4 model's rounds
-    engine = Engine(verifier, cache, comm, drafter, budget, clock, resident)
+    engine = Engine(verifier, cache, comm, drafter, budget, clock, grammars, resident)
     settings = config.model_dump_json(exclude={"files"}) + models.digest
     hello = Hello(
         rank=place.rank,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from configs import exits
 from configs.schema import RunConfig
 from runtime.comm import PeerLost, SharedMemoryError
+from runtime.grammar import GrammarError
 from runtime.loader import ModelError
 from runtime.messages import BadMessage, Failure
 from runtime.shard import CannotShard
@@ -40,6 +41,8 @@ def live(config: RunConfig, place: Place, endpoint: str, child: subprocess.Popen
             code = stop.code
         except (BuildRefused, ModelError, CannotShard) as error:
             code = fail(client, place, exits.REFUSED, error)
+        except GrammarError as error:  # the coordinator has compiled it: its files or versions are others than these
+            code = fail(client, place, exits.DISAGREED, error)
         except (PeerLost, SharedMemoryError, BadMessage, dist.DistError) as error:
             code = fail(client, place, exits.LOST, error)
         except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, NotANumber) as error:

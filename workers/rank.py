@@ -128,4 +128,5 @@ def admit(newcomer: Admission) -> Sequence:
         sampling=newcomer.sampling,
         copy=newcomer.copy,
         num_computed=newcomer.num_computed,
+        premature=frozenset(newcomer.premature),
     )
