@@ -18,6 +18,7 @@ from launcher.structure import KINDS, ResponseFormat, StructuredOutputs
 Limit = Annotated[int, Field(ge=1, le=2**31 - 1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
 Tokens = "a whole number from 1 to 2147483647"
+Prompt = Given | Annotated[TokenIds, Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 # Ten digits are more than any vocabulary needs, and few enough for every reader of numbers.
 TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
@@ -42,13 +43,18 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """One turn of a chat."""
+    """One turn of a chat. An answer may be put back as it came, with what it has no use for."""
 
     role: Given = Field(description="a string, not empty")
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
         description='a string or a list of {"type": "text", "text": ...}'
     )
     name: str | None = Field(None, description="a string")
+    refusal: None = Field(None, description="null")
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="an empty list")
+    audio: None = Field(None, description="null")
+    function_call: None = Field(None, description="null")
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="an empty list")
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates take it: text parts joined by newlines, as vLLM joins them."""
@@ -62,6 +68,9 @@ class Body(Strict):
 
     model: str | None = Field(None, description="a string")
     user: str | None = Field(None, description="a string")
+    safety_identifier: str | None = Field(None, description="a string")
+    prompt_cache_key: str | None = Field(None, description="a string")
+    cache_salt: str | None = Field(None, description="a string")
     metadata: dict[str, Any] | None = Field(None, description="an object")
     max_tokens: Limit | None = Field(None, description=Tokens)
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="a number from 0 to 2")
@@ -143,10 +152,28 @@ class Body(Strict):
 class CompletionBody(Body):
     """`/v1/completions`: text or token ids to be continued."""
 
-    prompt: Given | Annotated[TokenIds, Field(min_length=1)] = Field(description="a string or a list of token ids, not empty")
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=1)] = Field(
+        description="a string or a list of token ids, not empty, or a list of one such"
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description=f"{Tokens}; 0 with echo")
     logprobs: Likeliest | None = Field(None, description="a whole number from 0 to 20")
     echo: bool | None = Field(None, description="true or false")
     best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="a whole number from 1 to 128")
+
+    @property
+    def limit(self) -> int | None:
+        return 1 if self.scores_only else self.max_tokens
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether the prompt alone is wanted, with what is known of it; as in vLLM a token is made, and not shown."""
+        return self.max_tokens == 0
+
+    @property
+    def text(self) -> str | list[int]:
+        """The one prompt, in words or ids."""
+        first = self.prompt[0]
+        return self.prompt if isinstance(first, int) or isinstance(self.prompt, str) else first  # type: ignore[return-value]
 
     @property
     def likeliest(self) -> int | None:
@@ -154,6 +181,8 @@ class CompletionBody(Body):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        if self.max_tokens == 0 and not self.echo:
+            yield "max_tokens: 0 is supported with echo: true only"
         if self.best_of is not None and self.best_of != self.copies:
             yield f"best_of: only the value of n, {self.copies}, is supported, got {self.best_of}"
 
@@ -190,6 +219,21 @@ BODIES: dict[str, type[CompletionBody] | type[ChatBody]] = {
 # What is known and not supported yet, with the values (besides null) that change nothing.
 BOTH: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
+    "early_stopping": (False,),
+    "detokenize": (True,),
+    "logprob_token_ids": ([],),
+    "flat_logprobs": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "repetition_detection": (),
+    "thinking_token_budget": (-1,),
+    "logits_processors": ([],),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
     "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
@@ -206,6 +250,15 @@ NEUTRAL: dict[type[CompletionBody] | type[ChatBody], dict[str, tuple[Any, ...]]]
         **BOTH,
         "echo": (False,),
         "tools": ([],),
+        "functions": ([],),
+        "function_call": ("none",),
+        "documents": ([],),
+        "prediction": (),
+        "web_search_options": (),
+        "audio": (),
+        "verbosity": (),
+        "include_reasoning": (True,),
+        "mm_processor_kwargs": ({},),
         "tool_choice": ("none",),
         "parallel_tool_calls": (True, False),
         "reasoning_effort": (),

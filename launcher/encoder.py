@@ -138,7 +138,7 @@ class Encoder:
 
     def completion(self, call: Call, body: CompletionBody) -> tuple[int, ...]:
         """The tokens of a prompt: text with the special tokens that the tokenizer puts around it, ids as they are."""
-        tokens = self.tokenizer(body.prompt, verbose=False).input_ids if isinstance(body.prompt, str) else body.prompt
+        tokens = self.tokenizer(body.text, verbose=False).input_ids if isinstance(body.text, str) else body.text
         self.check_tokens(call, "prompt", tokens)
         return tuple(tokens)
 

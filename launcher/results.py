@@ -7,7 +7,7 @@ differ between two runs, the answer may not. `stable` takes those away, so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import logprobs
@@ -30,6 +30,8 @@ class Writer:
 
         `created` is a Unix time in seconds; ids come from the request's index.
         """
+        if isinstance(call.body, CompletionBody) and call.body.scores_only:
+            completions = [without_output(completion) for completion in completions]
         first = completions[0]
         output_tokens = sum(len(completion.tokens) for completion in completions)
         stats = SpeculationStats()
@@ -78,7 +80,7 @@ class Writer:
         words, special = self.vocabulary, body.skip_special_tokens is False
         echoed = ""
         if body.echo:
-            echoed = body.prompt if isinstance(body.prompt, str) else words.decode_special(list(prompt))
+            echoed = body.text if isinstance(body.text, str) else words.decode_special(list(prompt))
         given = completion.logprobs
         if given is None:
             return {"text": echoed + completion.text, "logprobs": None}
@@ -87,11 +89,17 @@ class Writer:
         starts = logprobs.starts_within(words, tokens, completion.text, special, base=len(echoed))
         if body.echo and first.prompt_logprobs is not None:
             # A prompt of text may have got special tokens around it, which are none of its characters.
-            before = logprobs.starts_within(words, prompt, echoed, special=not isinstance(body.prompt, str))
+            before = logprobs.starts_within(words, prompt, echoed, special=not isinstance(body.text, str))
             likeliest = body.logprobs or 0  # of the prompt more may have been asked for
             asked = [e and TokenLogprob(e.token, e.logprob, e.top[:likeliest]) for e in first.prompt_logprobs]
             tokens, entries, starts = [*prompt, *tokens], [*asked, *entries], before + starts
         return {"text": echoed + completion.text, "logprobs": logprobs.of_completion(words, tokens, entries, starts)}
+
+
+def without_output(completion: Completion) -> Completion:
+    """What is left where the prompt alone is wanted."""
+    logprobs = None if completion.logprobs is None else ()
+    return replace(completion, tokens=(), text="", logprobs=logprobs, finish_reason="length", stop_reason=None)
 
 
 def error_row(index: int, custom_id: str | None, code: str, message: str) -> dict[str, Any]:

@@ -120,6 +120,7 @@ def test_a_missing_input_is_named(tmp_path: Path) -> None:
 
 def test_a_whole_body_is_taken() -> None:
     body = {
+        "safety_identifier": "h", "prompt_cache_key": "k", "cache_salt": "s",
         "model": "any", "user": "me", "metadata": {"k": [1]}, "prompt": [1, 2], "max_tokens": 5, "temperature": 0,
         "seed": -(2**63), "stop": ["a", "b"], "stop_token_ids": [7], "ignore_eos": True, "stream": False, "n": 3,
         "best_of": 3, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "presence_penalty": -2, "frequency_penalty": 2,
@@ -181,7 +182,7 @@ def test_a_bad_envelope(raw: bytes, custom_id: str | None, code: str, message: s
         ({"temperature": -1}, "invalid_value", "temperature: expected a number from 0 to 2, got -1"),
         ({"temperature": True}, "invalid_type", "temperature: expected a number from 0 to 2, got true"),
         ({"temperature": "1"}, "invalid_type", 'temperature: expected a number from 0 to 2, got "1"'),
-        ({"max_tokens": 0}, "invalid_value", "max_tokens: expected a whole number from 1 to 2147483647, got 0"),
+        ({"max_tokens": -1}, "invalid_value", "max_tokens: expected a whole number from 1 to 2147483647; 0 with echo, got -1"),
         ({"max_tokens": 1.0}, "invalid_type", "max_tokens: expected a whole number"),
         ({"seed": 2**63}, "invalid_value", "seed: expected a whole number from -2^63 to 2^63 - 1"),
         ({"stop": ""}, "invalid_value", "stop: expected a string or a list of up to 16 strings, none empty"),
@@ -193,8 +194,9 @@ def test_a_bad_envelope(raw: bytes, custom_id: str | None, code: str, message: s
         ({"metadata": []}, "invalid_type", "metadata: expected an object"),
         ({"prompt": ""}, "invalid_value", "prompt: expected a string or a list of token ids, not empty"),
         ({"prompt": []}, "invalid_value", "prompt: expected"),
-        ({"prompt": ["x", "y"]}, "invalid_type", "prompt: expected"),
-        ({"prompt": [[1], [2]]}, "invalid_type", "prompt: expected"),
+        ({"prompt": ["x", "y"]}, "invalid_value", "prompt: expected"),
+        ({"prompt": [[1], [2]]}, "invalid_value", "prompt: expected"),
+        ({"max_tokens": 0}, "invalid_value", "max_tokens: 0 is supported with echo: true only"),
         ({"prompt": None}, "invalid_type", "prompt: expected"),
         ({"n": 0}, "invalid_value", "n: expected a whole number from 1 to 128, got 0"),
         ({"n": 129}, "invalid_value", "n: expected a whole number from 1 to 128, got 129"),
@@ -223,8 +225,8 @@ def test_a_bad_envelope(raw: bytes, custom_id: str | None, code: str, message: s
         ({"logprobs": True}, "invalid_type", "logprobs: expected a whole number from 0 to 20, got true"),
         ({"prompt_logprobs": -1}, "invalid_value", "prompt_logprobs: expected a whole number from 0 to 20, got -1"),
         ({"skip_special_tokens": 0}, "invalid_type", "skip_special_tokens: expected true or false, got 0"),
-        ({"seed": 0.5, "max_tokens": 0}, "invalid_value", "max_tokens: expected a whole number from 1 to 2147483647, "
-         "got 0; seed: expected"),
+        ({"seed": 0.5, "max_tokens": -1}, "invalid_value", "max_tokens: expected a whole number from 1 to 2147483647; 0 with "
+         "echo, got -1; seed: expected"),
     ],
 )  # fmt: skip
 def test_a_bad_parameter(given: dict[str, Any], code: str, message: str) -> None:
@@ -261,6 +263,7 @@ def test_how_many_logprobs_a_chat_asks_for(given: dict[str, Any], likeliest: int
     [
         ([], "invalid_value", "messages: expected a list of {role, content} objects, not empty, got []"),
         ("hello", "invalid_type", "messages: expected"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "invalid_value", "messages[0].tool_calls: expected"),
         ([5], "invalid_type", "messages[0]: expected an element of a list"),
         ([*HELLO, {"role": "user"}], "missing_required_parameter", "messages[1].content: needed, and not given"),
         ([{"role": 1, "content": "x"}], "invalid_type", "messages[0].role: expected a string, not empty, got 1"),
@@ -290,6 +293,7 @@ def test_what_is_not_supported_is_taken_where_it_changes_nothing(kind: type, nam
 def test_the_readme_has_every_parameter_with_its_range() -> None:
     rows = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
     envelope = {"model", "user", "metadata", "stream", "prompt", "messages"}
+    envelope |= {"safety_identifier", "prompt_cache_key", "cache_salt"}
     for kind in (CompletionBody, ChatBody):
         for name in kind.model_fields.keys() - envelope:
             ranges = [row[1] for row in rows if f"`{name}`" in row[0]]

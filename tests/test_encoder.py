@@ -57,6 +57,11 @@ def encoder(model: Path) -> Encoder:
     return Encoder(model, max_model_len=64, vocab_size=400, job_seed=1, end_tokens=[1])
 
 
+def test_a_list_of_one_prompt_is_that_prompt(encoder: Encoder) -> None:
+    for prompt in ("hello world", [5, 6]):
+        assert encoder.encode(call({"prompt": [prompt]})) == encoder.encode(call({"prompt": prompt}))
+
+
 def test_text_gets_its_special_tokens_and_ids_do_not(encoder: Encoder) -> None:
     request = encoder.encode(call({"prompt": "hello world"}, index=7))
     plain = encoder.tokenizer("hello world", add_special_tokens=False).input_ids

@@ -9,6 +9,7 @@ import pytest
 
 from launcher.answers import Answers
 from launcher.batch import Call, parse
+from launcher.body import CompletionBody
 from launcher.results import Writer, error_row, metrics, stable
 from launcher.vocabulary import Vocabulary
 from runtime.request import Completion, Request, SamplingParams, SpeculationStats, TokenLogprob
@@ -233,3 +234,17 @@ def test_a_refusal_counts_once_and_a_copy_too() -> None:
     with pytest.raises(ValueError, match="twice"):
         answers.take(make_completion([], 3))
     assert answers.refuse(3) == call and answers.refuse(3) is None and not len(answers)
+
+
+def test_a_prompt_alone_is_scored() -> None:
+    """`max_tokens` 0 with `echo`: the token that was made to get there doesn't show."""
+    entries = (TokenLogprob(1, -1.0, ((1, -1.0),)), TokenLogprob(2, -2.0, ((1, -1.0),)), TokenLogprob(27, 0.0, ()))
+    prompt = (None, *(TokenLogprob(token, -0.5, ((token, -0.5),)) for token in PROMPT[1:]))
+    completion = dataclasses.replace(make_completion([(0, 0)]), logprobs=entries, prompt_logprobs=prompt)
+    call = make_call(False, prompt=[list(PROMPT)], echo=True, max_tokens=0, logprobs=1)
+    assert isinstance(call.body, CompletionBody) and call.body.limit == 1
+    body = row(call, completion, "m", 0)["response"]["body"]
+    choice = body["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("defghij", "length", None)
+    assert choice["logprobs"]["tokens"] == list("defghij") and choice["logprobs"]["token_logprobs"] == [None] + [-0.5] * 6
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}
