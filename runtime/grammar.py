@@ -46,7 +46,7 @@ class Guide:
     def mask(self, output: list[int]) -> Bits:
         """Which tokens may follow this output, bool [V or a little more]; end tokens are among them where it is whole.
 
-        None where the output has left the grammar or ended, or where the grammar has no way on.
+        Nothing may where the output has left the grammar or ended, or where the grammar has no way on.
         """
         self._words.fill(0)
         if self._follow(output):
