@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.tables import table
-from runtime.kernels.gpu import attention, cache, linear, sampling
+from runtime.kernels.gpu import attention, cache, dense, gates, layer, linear, sampling
 from runtime.kernels.gpu.table import FOLDER, parse
 
-EVEN = {"outputs", "inputs", "stride", "stride_t", "stride_h"}  # multiples of 16 in every model tested
+TABLE = parse((FOLDER / "default.json").read_text())
+EVEN = {"outputs", "inputs", "width", "stride", "stride_t", "stride_h", "more", "turn"}  # multiples of 16 in every model tested
 
 
 def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
@@ -49,63 +51,122 @@ def facts(made: Any) -> list[str]:
     return [registers, stack, str(made.metadata.shared), ", ".join(" ".join(i) for i in instructions) or "-"]
 
 
-def product(capability: int, rows: int, split: bool, group: int, zero: bool) -> list[str]:
-    tile = parse((FOLDER / "default.json").read_text()).product[rows]
-    types = dict.fromkeys(("rows", "outputs", "inputs", "stride", "blocks", "pieces"), "i32")
+def product(
+    capability: int, rows: int, split: bool, group: int = 128, zero: bool = False, gate: str | None = None
+) -> list[str]:  # fmt: skip
+    """The int4 product at a layer's shape."""
+    tile = TABLE.product[rows]
+    types = dict.fromkeys(("rows", "outputs", "inputs", "stride", "blocks"), "i32")
     types |= {"x": "*bf16", "codes": "*i32", "scale": "*bf16", "out": "*fp32" if split else "*bf16"}
     constants: dict[str, Any] = {"GROUP": group, "SPAN": group, "ZERO": zero, "SPLIT": split, "PRECISION": "tf32"}
-    constants |= {"TILE_N": tile.outputs, "TILE_M": rows}
-    if zero:
-        types["zero"] = "*u8"
-    else:
-        constants["zero"] = None
+    constants |= {"TILE_N": tile.outputs, "TILE_M": rows, "WHOLE": True, "GATE": gate, "PIECE": linear.PIECE}
+    _or_none(types, constants, zero="*u8" if zero else None)
     made = build(linear._product, types, constants, capability, tile.warps, tile.stages)
-    spread = "a piece each" if split else "all pieces"
-    what = f"product, {rows} rows, groups of {group}{', zero points' if zero else ''}, {spread}"
+    what = f"int4, {rows} rows, groups of {group}{', zero points' if zero else ''}{', gates' if gate else ''}"
+    return [f"{what}, {_spread(split)}", str(tile.warps), *facts(made)]
+
+
+def wide(capability: int, rows: int, split: bool, eight: bool, head: bool) -> list[str]:
+    """Products of sixteen and eight bits, or the head's with its choice."""
+    tile = TABLE.dense[rows]
+    types = dict.fromkeys(("rows", "outputs", "inputs", "stride"), "i32") | {"x": "*i8" if eight else "*bf16"}
+    types |= {"weight": types["x"]}
+    constants: dict[str, Any] = {"WHOLE": True, "PIECE": dense.PIECE, "TILE_N": tile.outputs, "TILE_M": rows}
+    constants |= {"PRECISION": "tf32"}
+    _or_none(types, constants, **dict.fromkeys(("x_scale", "scale"), "*fp32" if eight else None))
+    if head:
+        types |= {"temperatures": "*fp32", "seeds": "*i64", "positions": "*i64", "scores": "*fp32", "ids": "*i32"}
+        types |= {"first": "i32", "tiles": "i32"}
+        constants["DTYPE"] = tl.bfloat16
+    else:
+        types["out"] = "*fp32" if split else "*bf16"
+        constants["SPLIT"] = split
+    made = build(dense._head if head else dense._dense, types, constants, capability, tile.warps, tile.stages)
+    what = f"{'int8' if eight else '16 bit'}, {rows} rows, " + ("with the choice of tokens" if head else _spread(split))
     return [what, str(tile.warps), *facts(made)]
 
 
-def attend(capability: int, rows: int, split: bool) -> list[str]:
-    own = parse((FOLDER / "default.json").read_text())
-    types = dict.fromkeys(("count", "sequences", "blocks", "width", "stride_t", "stride_h", "window"), "i32")
-    types |= dict.fromkeys(("query", "keys", "values"), "*bf16") | dict.fromkeys(("tables", "rows", "positions"), "*i32")
+def attend(capability: int, rows: int, split: bool, form: str = "same") -> list[str]:
+    """Attention of an 8B model: four query heads share one of keys."""
+    types = dict.fromkeys(("count", "height", "sequences", "blocks", "width", "stride_t", "stride_h", "window"), "i32")
+    types |= dict.fromkeys(("keys", "values"), "*bf16" if form == "same" else "*i8")
+    types |= dict.fromkeys(("key_scales", "value_scales"), "*bf16" if form == "same" else "*fp32") | {"query": "*bf16"}
+    types |= dict.fromkeys(("tables", "rows", "positions"), "*i32")
     types |= {"result": "*fp32" if split else "*bf16", "tops": "*fp32", "totals": "*fp32", "scale": "fp32", "cap": "fp32"}
     constants: dict[str, Any] = {"sinks": None, "KV": 8, "GROUP": 4, "SIZE": 16, "DIM": 128, "TILE_D": 128}
-    constants |= {"TILE_H": 4, "TILE_T": rows // 4}
+    constants |= {"TILE_H": 4, "TILE_T": rows // 4, "FORM": form}
     constants |= {"CAPPED": False, "SINKS": False, "SPLIT": split, "PRECISION": "tf32"}
-    made = build(attention._attend, types, constants, capability, own.attention_warps, own.attention_stages)
-    spread = "a piece each" if split else "all pieces"
-    return [f"attention, {rows} rows and heads, {spread}", str(own.attention_warps), *facts(made)]
+    made = build(attention._attend, types, constants, capability, TABLE.attention_warps, TABLE.attention_stages)
+    held = "" if form == "same" else f", {form} cache"
+    return [f"attention, {rows} rows and heads{held}, {_spread(split)}", str(TABLE.attention_warps), *facts(made)]
 
 
 def others(capability: int) -> list[list[str]]:
     """The kernels that multiply no matrices."""
     rows = []
+
+    def add(what: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4) -> None:
+        rows.append([what, str(warps), *facts(build(kernel, types, constants, capability, warps, 3))])
+
     types = {"logits": "*bf16", "temperatures": "*fp32", "seeds": "*i64", "positions": "*i64", "scores": "*fp32"}
     types |= {"ids": "*i32", "stride": "i32", "first": "i32"}
-    made = build(sampling._tiles, types, {"VOCAB": 151936, "TILE": sampling.TILE}, capability, 4, 3)
-    rows.append(["best tokens, tiles", "4", *facts(made)])
+    add("best tokens, tiles", sampling._tiles, types, {"VOCAB": 151936, "TILE": sampling.TILE})
     types = {"scores": "*fp32", "ids": "*i32", "best_scores": "*fp32", "best_ids": "*i64", "first": "i32", "tiles": "i32"}
-    rows.append(["best tokens, merge", "4", *facts(build(sampling._merge, types, {"WIDTH": 256}, capability, 4, 3))])
-    types = {"parts": "*fp32", "out": "*bf16", "count": "i32", "pieces": "i32"}
-    rows.append(["product, pieces added", "4", *facts(build(linear._add_pieces, types, {"TILE": 1024}, capability, 4, 3))])
+    add("best tokens, merge", sampling._merge, types, {"WIDTH": 256})
+    types = {"parts": "*fp32", "out": "*bf16", "count": "i32", "width": "i32", "pieces": "i32"}
+    for gate in (None, "silu"):
+        what = f"product, pieces added{', gates' if gate else ''}"
+        add(what, linear.add_pieces, types, {"GATE": gate, "TILE": 1024})
     types = dict.fromkeys(("tops", "totals", "outs"), "*fp32") | dict.fromkeys(("positions", "rows"), "*i32")
     types |= {"result": "*bf16"} | dict.fromkeys(("sequences", "pieces", "window"), "i32")
     constants: dict[str, Any] = {"sinks": None, "HEADS": 32, "TILE": 16, "DIM": 128, "TILE_D": 128, "SINKS": False}
-    rows.append(["attention, pieces merged", "4", *facts(build(attention._join, types, constants, capability, 4, 3))])
-    types = dict.fromkeys(("key", "value", "keys", "values"), "*bf16") | {"slots": "*i64", "spaces": "i32"}
-    types |= dict.fromkeys(("key_token", "key_head", "value_token", "value_head"), "i32")
-    constants = {"HEADS": 8, "DIM": 128, "SIZE": 16, "TILE_H": 8, "TILE_D": 128}
-    rows.append(["cache", "4", *facts(build(cache._write, types, constants, capability, 4, 3))])
+    add("attention, pieces merged", attention._join, types, constants)
+    add("gates", gates._gated, {"both": "*bf16", "out": "*bf16", "stride": "i32", "width": "i32"},
+        {"ACTIVATION": "silu", "TILE": gates.TILE})  # fmt: skip
+    types = dict.fromkeys(("x", "residual", "normed", "total"), "*bf16")
+    types |= {"weight": "*fp32", "eps": "fp32", "stride": "i32", "more": "i32"}
+    add("residual and norm", layer._norm, types, {"WIDTH": 4096, "EARLY": True, "TILE": 4096}, 8)
+    types = {"x": "*bf16", "codes": "*i8", "scales": "*fp32", "stride": "i32", "inputs": "i32"}
+    add("rows to int8", dense._round, types, {"TILE": 4096})
+    for form in ("same", "int8", "fp8"):
+        caches = dict.fromkeys(("keys", "values"), "*bf16" if form == "same" else "*i8")
+        caches |= dict.fromkeys(("key_scales", "value_scales"), "*bf16" if form == "same" else "*fp32")
+        held = "" if form == "same" else f", {form} cache"
+        types = caches | dict.fromkeys(("qkv", "cos", "sin", "query"), "*bf16") | {"slots": "*i64", "eps": "fp32"}
+        types |= dict.fromkeys(("query_norm", "key_norm"), "*fp32") | dict.fromkeys(("spaces", "stride", "turn"), "i32")
+        constants = {"HEADS": 32, "KV": 8, "SIZE": 16, "DIM": 128, "TURNED": 128, "EARLY": True, "FORM": form, "TILE": 128}
+        add(f"head norms, rotary, cache{held}", layer._rotate, types, constants, 1)
+        types = caches | {"key": "*bf16", "value": "*bf16", "slots": "*i64", "spaces": "i32"}
+        types |= dict.fromkeys(("key_token", "key_head", "value_token", "value_head"), "i32")
+        constants = {"HEADS": 8, "DIM": 128, "SIZE": 16, "FORM": form, "TILE_H": 8, "TILE_D": 128}
+        add(f"cache{held}", cache._write, types, constants)
     return rows
+
+
+def _or_none(types: dict[str, str], constants: dict[str, Any], **given: str | None) -> None:
+    """Pointers that may not be there."""
+    for name, kind in given.items():
+        if kind is None:
+            constants[name] = None
+        else:
+            types[name] = kind
+
+
+def _spread(split: bool) -> str:
+    return "a piece each" if split else "all pieces"
 
 
 def main() -> None:
     print(f"triton {triton.__version__}, the default table, bfloat16\n")
     for capability in (80, 90):
-        lines = [product(capability, rows, split, 128, False) for rows in (16, 32, 64, 128) for split in (True, False)]
+        lines = [product(capability, rows, split) for rows in (16, 32, 64, 128) for split in (True, False)]
         lines += [product(capability, 16, True, group, True) for group in (32, 64, 128)]
+        lines += [product(capability, rows, False, gate="silu") for rows in (16, 64)]
+        lines += [wide(capability, rows, split, False, False) for rows in (16, 64, 128) for split in (True, False)]
+        lines += [wide(capability, 16, False, True, False)]
+        lines += [wide(capability, rows, False, eight, True) for rows in (16, 32, 64) for eight in (False, True)]
         lines += [attend(capability, rows, split) for rows in (16, 32) for split in (True, False)]
+        lines += [attend(capability, 32, True, form) for form in ("int8", "fp8")]
         lines += others(capability)
         print(f"**sm_{capability}**\n")
         print(table(["kernel", "warps", "registers", "spilled bytes", "shared bytes", "matrix instructions"], lines) + "\n")

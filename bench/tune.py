@@ -47,7 +47,7 @@ def time_of(table: Table, rows: int, weights: Sequence[list[PackedInt4]]) -> flo
 
 
 def _turn(x: torch.Tensor, copies: list[PackedInt4], table: Table, turn: int) -> object:
-    return multiply(x, copies[turn % len(copies)], table)
+    return multiply(x, copies[turn % len(copies)], None, table)
 
 
 def tune_attention(table: Table) -> Table:
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = max(2, -(-(1 << 28) // packed.nbytes))
         weights.append([dataclasses.replace(packed, codes=packed.codes.clone()) for _ in range(count)])
     x = torch.randn(200, weights[0][0].in_features, device=device).bfloat16()
-    expected = multiply(x, weights[0][0], table)
+    expected = multiply(x, weights[0][0], None, table)
     product = {}
     for rows in (16, 32, 64, 128):
         times: dict[tuple[Tile, int], float] = {}
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tries = {round(p * processors): dataclasses.replace(table, programs=round(p * processors)) for p in PROGRAMS}
     programs = min(tries, key=lambda p: time_of(tries[p], 1, weights) * time_of(tries[p], 64, weights))
     table = tune_attention(tries[programs])
-    if not torch.equal(multiply(x, weights[0][0], table), expected):
+    if not torch.equal(multiply(x, weights[0][0], None, table), expected):
         print("the new table changes bits of the product, so it isn't written; please report this", file=sys.stderr)
         return 1
     path = FOLDER / f"{slug(name)}.json"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels import reference
+from runtime.kernels.rows import EIGHT_BITS, cache_width, decode, encode
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -40,10 +41,11 @@ class Case:
         self.tables = torch.full((len(self.lengths), most), -1, dtype=torch.int32)
         for r, n in enumerate(used):
             self.tables[r, :n] = torch.tensor([order.pop() for _ in range(n)])
-        shape = (total, self.kv, self.block, self.dim)
+        self.form = rng.choice([dtype, dtype, *EIGHT_BITS.values()])
+        shape = (total, self.kv, self.block, cache_width(self.dim, self.form) * self.form.itemsize)
         # Places that nobody wrote hold NaN: whoever looks at one is found out.
-        self.key_cache = torch.full(shape, math.nan, dtype=dtype)
-        self.value_cache = torch.full(shape, math.nan, dtype=dtype)
+        self.key_cache = torch.full(shape, 255, dtype=torch.uint8).view(self.form)
+        self.value_cache = torch.full(shape, 255, dtype=torch.uint8).view(self.form)
         rows: list[tuple[int, int]] = []
         for r, n in enumerate(self.lengths):
             width = min(n, rng.choice([1, 2, 4, 9, 20]))
@@ -57,7 +59,7 @@ class Case:
         self.query = (torch.randn(len(rows), self.heads, self.dim) * rng.choice([1.0, 3.0])).to(dtype)
 
     def fill(self, module: ModuleType) -> list[tuple[Tensor, Tensor]]:
-        """Writes the sequences' keys and values [n, KV, D] through the tables and returns them."""
+        """Writes the sequences' keys and values [n, KV, D] through the tables and returns them as they are held."""
         kept = []
         for r, n in enumerate(self.lengths):
             key, value = torch.randn(2, n, self.kv, self.dim).to(self.query.dtype).unbind()
@@ -68,6 +70,8 @@ class Case:
                 torch.cat([key, skipped]), torch.cat([value, skipped]), self.key_cache, self.value_cache,
                 torch.cat([slots, torch.tensor([-1, -1, -5])]),
             )  # fmt: skip
+            if self.form in EIGHT_BITS.values():
+                key, value = (decode(encode(x.float(), self.form)) for x in (key, value))
             kept.append((key, value))
         return kept
 
@@ -110,6 +114,32 @@ def test_attention_is_right_and_its_rows_are_alone(module: ModuleType, dtype: to
         assert torch.equal(case.run(module, [one])[0], result[one])
         some = [rng.randrange(count) for _ in range(rng.randrange(1, 2 * count + 1))]
         assert torch.equal(case.run(module, some), result[some])
+
+
+@pytest.mark.parametrize("form", EIGHT_BITS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_of_eight_bits_are_the_same_bytes_everywhere(
+    module: ModuleType, dtype: torch.dtype, form: str, seed: int
+) -> None:  # fmt: skip
+    """Rounded to the nearest code, with a scale behind them; what isn't finite spoils its own row."""
+    torch.manual_seed(seed)
+    x = (torch.randn(9, 3, 24) * 10 ** (torch.rand(9, 3, 1) * 6 - 4)).to(dtype)
+    x[0] = 0
+    x[1, 0, 5], x[1, 1, 5] = math.nan, -math.inf
+    x[2, :, 4:] = 1e-3 * x[2, :, 4:]  # next to a large number: the small steps of a float
+    x[2, :, :4] = 3.0
+    cache = torch.zeros(2, 3, 3, 4, cache_width(24, EIGHT_BITS[form]), dtype=torch.uint8).view(EIGHT_BITS[form])
+    module.write_cache(x, x, cache[0], cache[1], torch.arange(9) + 1)
+    assert torch.equal(cache[0].view(torch.uint8), cache[1].view(torch.uint8))
+    rows = cache[0].view(torch.uint8).transpose(1, 2).reshape(12, 3, -1)
+    assert torch.equal(rows[1:10], encode(x.float(), EIGHT_BITS[form]).view(torch.uint8)) and not rows[[0, 10, 11]].any()
+    back = decode(rows[1:10].contiguous().view(EIGHT_BITS[form]))
+    assert back[1, :2].isnan().all() and torch.equal(back[0], torch.zeros(3, 24))
+    good = torch.ones(9, 3, dtype=torch.bool)
+    good[1, :2] = False
+    exact, amax = x[good].double(), x[good].double().abs().amax(-1, keepdim=True)
+    room = amax / 253 if form == "int8" else (exact.abs() / 15.9).maximum(amax / 448 / 1000)
+    assert bool(((back[good].double() - exact).abs() <= room).all())
 
 
 def test_attention_does_not_depend_on_threads(module: ModuleType, seed: int) -> None:
@@ -167,6 +197,8 @@ def test_wrong_arguments_are_named(module: ModuleType) -> None:
     assert run(q=query[:0], r=row[:0], p=here[:0]).shape == (0, 2, 8)
     with pytest.raises(IndexError, match="slot 8"):
         module.write_cache(query[:, :1], query[:, :1], cache, cache.clone(), torch.tensor([8]))
+    with pytest.raises(ValueError, match="rows of 8"):
+        module.write_cache(query[:, :1], query[:, :1], cache.to(torch.int8), cache.to(torch.int8), torch.tensor([0]))
 
 
 def test_the_reference_steps_in_with_one_clear_warning(tmp_path: Path) -> None:

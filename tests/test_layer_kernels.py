@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.kernels.rows import EIGHT_BITS, cache_width, encode
+
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -120,6 +122,21 @@ def test_rotary_writes(module: ModuleType, dtype: torch.dtype, seed: int) -> Non
         rows = rng.sample(range(tokens), tokens)
         shuffled = run(rows, slots[rows])
         assert torch.equal(shuffled[0], query[rows]) and torch.equal(shuffled[1].nan_to_num(7), keys.nan_to_num(7))
+
+
+@pytest.mark.parametrize("form", EIGHT_BITS)
+def test_rotary_writes_round_what_they_write(module: ModuleType, form: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    qkv, angle = torch.randn(7, 5 * 24).bfloat16(), torch.rand(7, 16) * 100
+    cos, sin, slots = angle.cos().bfloat16(), angle.sin().bfloat16(), torch.tensor([3, 0, -1, 7, 11, 5, 4])
+    wide = torch.zeros(2, 3, 2, 4, 24).bfloat16()
+    narrow = torch.zeros(2, 3, 2, 4, cache_width(24, EIGHT_BITS[form]), dtype=torch.uint8).view(EIGHT_BITS[form])
+    queries = [
+        module.rotary_write(qkv, cos, sin, torch.ones(24), torch.ones(24), 1e-6, True, *caches, slots)
+        for caches in (wide, narrow)
+    ]
+    assert torch.equal(*queries)
+    assert torch.equal(narrow.view(torch.uint8), encode(wide.float(), EIGHT_BITS[form]).view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

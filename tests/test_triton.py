@@ -66,13 +66,28 @@ def test_a_row_of_a_product_is_alone_however_the_work_is_spread(seed: int) -> No
     def run(which: list[int], programs: int, outputs: int) -> Tensor:
         product = {rows: dataclasses.replace(tile, outputs=outputs) for rows, tile in TABLE.product.items()}
         table = dataclasses.replace(TABLE, programs=programs, product=product)
-        return there(linear.multiply)(x[which], packed, table)
+        return there(linear.multiply)(x[which], packed, None, table)
 
     whole = run(list(range(130)), 1, 64)
     check_product(x, weight, whole)
     for count, programs, outputs in ((1, 1, 64), (1, 999, 64), (9, 999, 128), (20, 1, 64), (40, 999, 64)):
         which = [rng.randrange(130) for _ in range(count)]
         assert torch.equal(run(which, programs, outputs), whole[which]), (count, programs, outputs)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates_at_the_end_of_a_product(activation: str, seed: int) -> None:
+    """By the program that has the sums, or by the one that adds the pieces: the bits of the product and then the gates."""
+    torch.manual_seed(seed)
+    for outputs, inputs, dtype in ((2 * 33, 1120, torch.bfloat16), (2 * 80, 64, torch.float32), (2, 96, torch.float16)):
+        packed = pack(random_weight(outputs, inputs, 32, symmetric=False))
+        x = (torch.randn(5, inputs) / inputs).to(dtype)
+        wanted = MODULE.gated(MODULE.int4_linear(x, packed), activation)
+        for programs in (1, 999):
+            table = dataclasses.replace(TABLE, programs=programs)
+            assert torch.equal(there(linear.multiply)(x, packed, activation, table), wanted)
+    with pytest.raises(ValueError, match="activations are"):
+        MODULE.int4_linear(x, packed, "relu")
 
 
 def test_a_row_with_nan_harms_no_other(seed: int) -> None:

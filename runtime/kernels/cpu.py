@@ -9,6 +9,7 @@ from runtime.kernels.arguments import (
     check_best,
     check_dense,
     check_gated,
+    check_head,
     check_linear,
     check_norm,
     check_pack,
@@ -72,13 +73,13 @@ def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
     )
 
 
-def int4_linear(x: Tensor, packed: PackedInt4) -> Tensor:
-    check_linear(x, packed)
+def int4_linear(x: Tensor, packed: PackedInt4, gate: str | None = None) -> Tensor:
+    check_linear(x, packed, gate)
     result: Tensor = _ops.int4_linear(
         x.contiguous(), packed.codes, packed.scale, packed.zero, packed.out_features, packed.group_size,
         packed.activations == "int8",
     )  # fmt: skip
-    return result
+    return gated(result, gate) if gate else result
 
 
 def pack_int8(weight: Int8Weight) -> PackedInt8:
@@ -105,6 +106,15 @@ def best_tokens(
     return scores, ids
 
 
+def head_best(
+    x: Tensor, weight: Tensor | PackedInt8, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    # Logits that are written and read again are a thousandth of the bytes of the weight: nothing to save here.
+    check_head(x, weight, temperatures, seeds, positions, reference.ALIGNMENT)
+    logits = int8_linear(x, weight) if isinstance(weight, PackedInt8) else dense_linear(x, weight)
+    return best_tokens(logits, temperatures, seeds, positions, first)
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, early: bool = False, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -118,10 +128,10 @@ def rotary_write(
     qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None, eps: float, early: bool,
     key_cache: Tensor, value_cache: Tensor, slots: Tensor,
 ) -> Tensor:  # fmt: skip
-    check_rotary(qkv, cos, sin, query_norm, key_norm, key_cache, value_cache, slots)
+    _, dim = check_rotary(qkv, cos, sin, query_norm, key_norm, key_cache, value_cache, slots)
     query: Tensor = _ops.rotary_write(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), query_norm, key_norm, eps, early, key_cache, value_cache,
-        slots.contiguous(),
+        slots.contiguous(), dim,
     )  # fmt: skip
     return query
 

@@ -7,17 +7,25 @@ of integers are exact, and nothing else adds.
 import torch
 from torch import Tensor
 
-from runtime.kernels.arguments import check_attention, check_best, check_dense, check_linear, check_pack, check_write
+from runtime.kernels.arguments import (
+    check_attention,
+    check_best,
+    check_dense,
+    check_head,
+    check_linear,
+    check_pack,
+)
 from runtime.kernels.folding import exp, fold, tanh
 from runtime.kernels.packed import PackedInt4, PackedInt8
-from runtime.kernels.reference_layer import gated, rms_norm, rotary_write
+from runtime.kernels.reference_layer import gated, rms_norm, rotary_write, write_cache
+from runtime.kernels.rows import MOST, decode, scaled
 from runtime.noise import SPREAD, gumbel
 from runtime.quantize.int4 import Int4Weight
 from runtime.quantize.int8 import Int8Weight
 
 __all__ = [
-    "best_tokens", "dense_linear", "gated", "int4_linear", "int8_linear", "pack_int4", "pack_int8", "paged_attention",
-    "rms_norm", "rotary_write", "write_cache",
+    "best_tokens", "dense_linear", "gated", "head_best", "int4_linear", "int8_linear", "pack_int4", "pack_int8",
+    "paged_attention", "rms_norm", "rotary_write", "write_cache",
 ]  # fmt: skip
 
 # Rows that a dense product computes at a time, always exactly so many. Libraries choose their kernel, and with it the
@@ -29,22 +37,6 @@ PIECE = 64  # keys that are merged at a time
 ELEMENTS = 1 << 24  # of the largest temporary
 
 
-def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """Puts the keys and values [T, KV, D] of T tokens into the caches [B, KV, S, D] at `slots` [T] int64.
-
-    slot = block * S + offset; a token whose slot is negative is skipped; two tokens never share a slot. Caches are
-    contiguous and have the tokens' dtype. Raises IndexError for a slot behind the cache, ValueError for shapes.
-    """
-    check_write(key, value, key_cache, value_cache, slots)
-    size = key_cache.shape[2]
-    if len(slots) and int(slots.max()) >= key_cache.shape[0] * size:
-        raise IndexError(f"slot {int(slots.max())} is behind the cache's {key_cache.shape[0] * size}")
-    kept = slots >= 0
-    slots = slots[kept]
-    key_cache[slots // size, :, slots % size] = key[kept]
-    value_cache[slots // size, :, slots % size] = value[kept]
-
-
 def paged_attention(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, tables: Tensor, rows: Tensor, positions: Tensor,
     scale: float, window: int = 0, soft_cap: float = 0.0, sinks: Tensor | None = None,
@@ -54,8 +46,9 @@ def paged_attention(
     Row t belongs to the sequence whose blocks are `tables[rows[t]]` and sees keys 0..positions[t] of it, or the last
     `window` of those if `window` is positive; a negative position marks a row of padding, whose result is zero. Query
     head h uses key head h // (H / KV). A score is `scale * q.k`, then `soft_cap * tanh(score / soft_cap)` if that is
-    positive; `sinks` [H] float32 adds exp(sinks[h]) to a head's denominator. bfloat16, float16 or float32, all alike;
-    arithmetic is float32, 64 keys at a time from the first on. Raises IndexError for a position or block that isn't
+    positive; `sinks` [H] float32 adds exp(sinks[h]) to a head's denominator. bfloat16, float16 or float32, all alike,
+    or caches of eight bits, int8 or float8_e4m3fn [B, KV, S, D + 4]; arithmetic is float32, 64 keys at a time from the
+    first on. Raises IndexError for a position or block that isn't
     there, ValueError for shapes and dtypes.
     """
     check_attention(query, key_cache, value_cache, tables, rows, positions, sinks)
@@ -91,8 +84,8 @@ def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
     return PackedInt4(weight.codes, weight.scale, weight.zero, outputs, inputs, weight.group_size, activations)
 
 
-def int4_linear(x: Tensor, packed: PackedInt4) -> Tensor:
-    """x [M, K] bfloat16, float16 or float32 -> [M, N] of its dtype.
+def int4_linear(x: Tensor, packed: PackedInt4, gate: str | None = None) -> Tensor:
+    """x [M, K] bfloat16, float16 or float32 -> [M, N] of its dtype; with a gate, `gated` of that, [M, N / 2].
 
     With "int8" activations each row's groups are rounded to -127..127 (`quantize_rows`), and the result is, in float32,
     added group after group from zero with each operation rounded by itself,
@@ -103,7 +96,7 @@ def int4_linear(x: Tensor, packed: PackedInt4) -> Tensor:
     these bits. With "16bit" the products of (code - zero) and x are added in float32, group by group and in an order
     of the implementation's own. Raises ValueError for shapes and dtypes.
     """
-    check_linear(x, packed)
+    check_linear(x, packed, gate)
     assert packed.zero is not None
     size, wide = packed.group_size, x.float()
     out = wide.new_zeros(len(x), packed.out_features)
@@ -121,7 +114,7 @@ def int4_linear(x: Tensor, packed: PackedInt4) -> Tensor:
             step = max(1, ELEMENTS // max(1, codes.numel()))
             parts = [fold(wide[i : i + step, None, inputs] * codes) for i in range(0, len(x), step)]
             out = out + torch.cat([*parts, out[:0]]) * scale
-    return out.to(x.dtype)
+    return gated(out.to(x.dtype), gate) if gate else out.to(x.dtype)
 
 
 def pack_int8(weight: Int8Weight) -> PackedInt8:
@@ -147,12 +140,8 @@ def quantize_rows(x: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     code = round_half_even(x * (127 / amax)), scale = amax / 127, amax the group's largest magnitude. Below 2^-100 a
     group counts as zero; where it isn't finite its codes are zero and its scale is NaN: the whole row becomes NaN.
     """
-    group = x.view(len(x), x.shape[1] // size, size)
-    amax = group.abs().amax(-1)
-    some = (amax >= 2.0**-100) & amax.isfinite()
-    steps = torch.full_like(amax, 127.0)  # a tensor: torch divides by or of a number as it likes
-    code = torch.round(group * (steps / amax)[..., None]).where(some[..., None], 0.0)
-    scale = (amax / steps).where(some, 0.0).where(amax.isfinite(), float("nan"))
+    y, scale = scaled(x.view(len(x), x.shape[1] // size, size), 127.0)
+    code = torch.round(y)
     return code.to(torch.int8).view(x.shape), scale, code.sum(-1).int()
 
 
@@ -181,8 +170,8 @@ def _attend(
         block = tables[rows[:, None], (places // size).clamp(max=tables.shape[1] - 1)].long().where(seen, 0)
         if int(block.min()) < 0 or int(block.max()) >= blocks:
             raise IndexError(f"a table names a block that is none of {blocks}")
-        keys = key_cache[block, :, places % size].float().transpose(1, 2)[:, :, None]  # [T, KV, 1, 64, D]
-        values = value_cache[block, :, places % size].float().transpose(1, 2)[:, :, None]
+        keys = _rows(key_cache, block, places % size).transpose(1, 2)[:, :, None]  # [T, KV, 1, 64, D]
+        values = _rows(value_cache, block, places % size).transpose(1, 2)[:, :, None]
         there = seen[:, None, None]  # a row that sees no key here keeps what it has
         score = fold(query * keys) * scale
         if soft_cap > 0:
@@ -204,6 +193,12 @@ def _attend(
         total = total * fade + exp(sink - now)
     out = (out / total[..., None]).where(live[:, None, None, None], 0.0)
     return out.view(count, heads, dim)
+
+
+def _rows(cache: Tensor, blocks: Tensor, places: Tensor) -> Tensor:
+    if cache.dtype in MOST:
+        return decode(cache.view(torch.int8)[blocks, :, places].view(cache.dtype))
+    return cache[blocks, :, places].float()
 
 
 def best_tokens(
@@ -231,3 +226,15 @@ def best_tokens(
         scores[sampled] = best
         ids[sampled] = torch.full_like(sampled, logits.shape[1]).scatter_reduce(0, rows, winners, "amin")
     return scores, ids + first
+
+
+def head_best(
+    x: Tensor, weight: Tensor | PackedInt8, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """`best_tokens` of x [M, K] times the head's weight [V, K], of x's dtype or from `pack_int8`, to the same bits.
+
+    Nobody sees the logits, which a kernel therefore need not write. Raises ValueError for shapes and dtypes.
+    """
+    check_head(x, weight, temperatures, seeds, positions, ALIGNMENT)
+    logits = int8_linear(x, weight) if isinstance(weight, PackedInt8) else dense_linear(x, weight)
+    return best_tokens(logits, temperatures, seeds, positions, first)

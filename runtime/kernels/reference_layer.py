@@ -1,4 +1,4 @@
-"""What a decoder layer does between its products, in plain torch; part of `reference.py`.
+"""What a decoder layer does between its products and beside attention, in plain torch; part of `reference.py`.
 
 Arithmetic is float32. Values are rounded to the tensors' dtype where a chain of torch operations would store them, so
 that 16-bit results stay next to those of such a chain.
@@ -7,8 +7,22 @@ that 16-bit results stay next to those of such a chain.
 import torch
 from torch import Tensor
 
-from runtime.kernels.arguments import check_gated, check_norm, check_rotary
+from runtime.kernels.arguments import check_gated, check_norm, check_rotary, check_write
 from runtime.kernels.folding import exp, fold
+from runtime.kernels.rows import MOST, encode
+
+
+def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Puts the keys and values [T, KV, D] of T tokens into the caches [B, KV, S, D] at `slots` [T] int64.
+
+    slot = block * S + offset; a token whose slot is negative is skipped; two tokens never share a slot. Caches are
+    contiguous and have the tokens' dtype, or eight bits (int8 or float8_e4m3fn, [B, KV, S, D + 4]): then each row is
+    rounded, with a scale of its own behind it (`runtime/kernels/rows.py`). Raises IndexError for a slot behind the cache,
+    ValueError for shapes and dtypes.
+    """
+    check_write(key, value, key_cache, value_cache, slots)
+    _put(key, key_cache, slots)
+    _put(value, value_cache, slots)
 
 
 def rms_norm(
@@ -36,19 +50,15 @@ def rotary_write(
     [T, R], R even and at most D. Caches [B, KV, S, D], slots [T] int64 and their errors are those of `write_cache`.
     Raises ValueError for shapes and dtypes, IndexError for a slot behind the cache.
     """
-    heads = check_rotary(qkv, cos, sin, query_norm, key_norm, key_cache, value_cache, slots)
-    _, kv_heads, size, dim = key_cache.shape
-    if len(slots) and int(slots.max()) >= key_cache.shape[0] * size:
-        raise IndexError(f"slot {int(slots.max())} is behind the cache's {key_cache.shape[0] * size}")
+    heads, dim = check_rotary(qkv, cos, sin, query_norm, key_norm, key_cache, value_cache, slots)
+    kv_heads = key_cache.shape[1]
     query, key, value = qkv.view(len(qkv), -1, dim).split([heads, kv_heads, kv_heads], dim=1)
     if query_norm is not None:
         query = _normalize(query, query_norm, eps, early)
     if key_norm is not None:
         key = _normalize(key, key_norm, eps, early)
-    kept = slots >= 0
-    slots = slots[kept]
-    key_cache[slots // size, :, slots % size] = _rotate(key, cos, sin)[kept]
-    value_cache[slots // size, :, slots % size] = value[kept]
+    _put(_rotate(key, cos, sin), key_cache, slots)
+    _put(value, value_cache, slots)
     return _rotate(query, cos, sin)
 
 
@@ -65,6 +75,16 @@ def gated(both: Tensor, activation: str) -> Tensor:
     e = exp(-inner.abs())
     y = wide * (torch.where(inner < 0, e, 1.0) / (1.0 + e))
     return y.to(both.dtype) * up
+
+
+def _put(tokens: Tensor, cache: Tensor, slots: Tensor) -> None:
+    size = cache.shape[2]
+    if len(slots) and int(slots.max()) >= cache.shape[0] * size:
+        raise IndexError(f"slot {int(slots.max())} is behind the cache's {cache.shape[0] * size}")
+    tokens, slots = tokens[slots >= 0], slots[slots >= 0]
+    if cache.dtype in MOST:
+        tokens, cache = encode(tokens.float(), cache.dtype).view(torch.int8), cache.view(torch.int8)
+    cache[slots // size, :, slots % size] = tokens
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float, early: bool) -> Tensor:

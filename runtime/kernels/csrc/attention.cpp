@@ -3,6 +3,7 @@
 // A task is a run of rows of one sequence with one head of keys: a piece of 64 keys and values is turned to float once
 // and serves every row and every query head that shares it. A row's own order of operations is fixed: products of a
 // score in order of the dimension, pieces from the first to the last, keys within a piece from the first to the last.
+// Rows of an eight-bit cache become floats as they are read; `rows.h` has their layout.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -12,6 +13,7 @@
 #include <cmath>
 #include <vector>
 
+#include "rows.h"
 #include "simd.h"
 
 namespace quasar {
@@ -86,40 +88,44 @@ struct Shape {
 
 // Keys low..high of a piece as [D][64] and its values as [64][D], in float; blocks that aren't there are zero, as no row
 // that asks for them is let in. Asks for the next piece's, up to `last`, meanwhile.
-template <class T>
+template <class C>
 void read_piece(const Shape& s, const int32_t* table, int64_t base, int low, int high, int64_t last, int64_t kv,
-                const T* key_cache, const T* value_cache, Scratch& m) {
+                const C* key_cache, const C* value_cache, Scratch& m) {
+  const int64_t width = row_width<C>(s.dim);
   auto slot = [&](int64_t place) {
     const int64_t block = table[place / s.block];
-    return block >= 0 && block < s.blocks ? ((block * s.kv_heads + kv) * s.block + place % s.block) * s.dim : -1;
+    return block >= 0 && block < s.blocks ? ((block * s.kv_heads + kv) * s.block + place % s.block) * width : -1;
   };
   for (int first = 0; first < PIECE; first += LANES) {
-    const T* key[LANES];
+    const C* key[LANES];
+    F step[LANES];
     for (int i = 0; i < LANES; ++i) {
       const int j = first + i;
       const int64_t at = j >= low && j <= high ? slot(base + j) : -1;
       const int64_t next = base + j + PIECE <= last ? slot(base + j + PIECE) : -1;
       key[i] = at >= 0 ? key_cache + at : nullptr;
+      step[i] = splat(at >= 0 ? scale_of(key_cache + at, s.dim) : 0.0f);
+      const F value_step = splat(at >= 0 ? scale_of(value_cache + at, s.dim) : 0.0f);
       float* values = m.values.data() + j * s.padded;
-      for (int64_t d = 0; next >= 0 && d < s.dim; d += 64 / int64_t(sizeof(T))) {
+      for (int64_t d = 0; next >= 0 && d < s.dim; d += 64 / int64_t(sizeof(C))) {
         __builtin_prefetch(key_cache + next + d);
         __builtin_prefetch(value_cache + next + d);
       }
       for (int64_t d = 0; d < s.dim; d += LANES)
-        store(values + d, at >= 0 ? load(value_cache + at + d, int(std::min<int64_t>(LANES, s.dim - d))) : F{});
+        store(values + d, at >= 0 ? load(value_cache + at + d, int(std::min<int64_t>(LANES, s.dim - d))) * value_step : F{});
     }
     for (int64_t d = 0; d < s.dim; d += LANES) {
       const int n = int(std::min<int64_t>(LANES, s.dim - d));
       F x[LANES];
-      for (int i = 0; i < LANES; ++i) x[i] = key[i] ? load(key[i] + d, n) : F{};
+      for (int i = 0; i < LANES; ++i) x[i] = key[i] ? load(key[i] + d, n) * step[i] : F{};
       transpose(x);
       for (int i = 0; i < LANES; ++i) store(m.keys.data() + (d + i) * PIECE + first, x[i]);
     }
   }
 }
 
-template <class T>
-void run_task(const Shape& s, const Task& task, int64_t kv, const T* query, const T* key_cache, const T* value_cache,
+template <class T, class C>
+void run_task(const Shape& s, const Task& task, int64_t kv, const T* query, const C* key_cache, const C* value_cache,
               const int32_t* table, const int32_t* positions, const float* sinks, T* result, Scratch& m) {
   const int64_t share = s.heads / s.kv_heads, rows = task.end - task.begin, count = rows * share;
   m.query.resize(count * s.dim);
@@ -257,17 +263,20 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
   if (all == 0) return out;
   by_dtype(query.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto *q = static_cast<const T*>(query.const_data_ptr()), *k = static_cast<const T*>(key_cache.const_data_ptr()),
-               *v = static_cast<const T*>(value_cache.const_data_ptr());
-    auto* y = static_cast<T*>(out.mutable_data_ptr());
-    std::atomic<int64_t> next{0};  // tasks are uneven: a thread takes the next one when it is done
-    at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), all), 1, [&](int64_t, int64_t) {
-      Scratch scratch;
-      for (int64_t i; (i = next.fetch_add(1)) < all;) {
-        const Task& task = tasks[i / s.kv_heads];
-        run_task(s, task, i % s.kv_heads, q, k, v, table + std::max<int64_t>(row[task.begin], 0) * s.max_blocks, position, sink,
-                 y, scratch);
-      }
+    by_cache<T>(key_cache.scalar_type(), [&](auto* row_type) {
+      using C = std::remove_pointer_t<decltype(row_type)>;
+      const auto* q = static_cast<const T*>(query.const_data_ptr());
+      const auto *k = static_cast<const C*>(key_cache.const_data_ptr()), *v = static_cast<const C*>(value_cache.const_data_ptr());
+      auto* y = static_cast<T*>(out.mutable_data_ptr());
+      std::atomic<int64_t> next{0};  // tasks are uneven: a thread takes the next one when it is done
+      at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), all), 1, [&](int64_t, int64_t) {
+        Scratch scratch;
+        for (int64_t i; (i = next.fetch_add(1)) < all;) {
+          const Task& task = tasks[i / s.kv_heads];
+          run_task(s, task, i % s.kv_heads, q, k, v, table + std::max<int64_t>(row[task.begin], 0) * s.max_blocks, position,
+                   sink, y, scratch);
+        }
+      });
     });
   });
   return out;
@@ -275,20 +284,26 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
 
 void write_cache(const at::Tensor& key, const at::Tensor& value, at::Tensor key_cache, at::Tensor value_cache,
                  const at::Tensor& slots) {
-  const int64_t heads = key_cache.size(1), block = key_cache.size(2), total = key_cache.size(0) * block;
-  const int64_t bytes = key_cache.size(3) * key_cache.element_size();
+  const int64_t heads = key_cache.size(1), block = key_cache.size(2), total = key_cache.size(0) * block, dim = key.size(2);
   const int64_t* slot = slots.data_ptr<int64_t>();
   for (int64_t t = 0; t < key.size(0); ++t)
     TORCH_CHECK_INDEX(slot[t] < total, "slot ", slot[t], " is behind the cache's ", total);
-  auto *k = static_cast<char*>(key_cache.data_ptr()), *v = static_cast<char*>(value_cache.data_ptr());
-  const auto *from_k = static_cast<const char*>(key.const_data_ptr()), *from_v = static_cast<const char*>(value.const_data_ptr());
-  at::parallel_for(0, key.size(0), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      for (int64_t h = 0; slot[t] >= 0 && h < heads; ++h) {
-        const int64_t to = (((slot[t] / block) * heads + h) * block + slot[t] % block) * bytes;
-        std::memcpy(k + to, from_k + (t * heads + h) * bytes, bytes);
-        std::memcpy(v + to, from_v + (t * heads + h) * bytes, bytes);
-      }
+  by_dtype(key.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    by_cache<T>(key_cache.scalar_type(), [&](auto* row_type) {
+      using C = std::remove_pointer_t<decltype(row_type)>;
+      const int64_t width = row_width<C>(dim);
+      auto *k = static_cast<C*>(key_cache.mutable_data_ptr()), *v = static_cast<C*>(value_cache.mutable_data_ptr());
+      const auto *from_k = static_cast<const T*>(key.const_data_ptr()), *from_v = static_cast<const T*>(value.const_data_ptr());
+      at::parallel_for(0, key.size(0), 16, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+          for (int64_t h = 0; slot[t] >= 0 && h < heads; ++h) {
+            const int64_t to = (((slot[t] / block) * heads + h) * block + slot[t] % block) * width;
+            put_row(k + to, from_k + (t * heads + h) * dim, dim);
+            put_row(v + to, from_v + (t * heads + h) * dim, dim);
+          }
+      });
+    });
   });
 }
 

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "rows.h"
 #include "simd.h"
 
 namespace quasar {
@@ -60,8 +61,8 @@ void rotate(float* x, const T* cos, const T* sin, int64_t half) {
     const F a = load(x + d, n), b = load(x + half + d, n);
     const F low = rounded<T>(a * load(cos + d, n)) - rounded<T>(b * load(sin + d, n));
     const F high = rounded<T>(b * load(cos + half + d, n)) + rounded<T>(a * load(sin + half + d, n));
-    store(x + d, low, n);
-    store(x + half + d, high, n);
+    store(x + d, rounded<T>(low), n);
+    store(x + half + d, rounded<T>(high), n);
   }
 }
 
@@ -111,8 +112,8 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tenso
 // qkv [T, (H + 2 KV) * D], cos and sin [T, R] -> queries [T, H, D]; keys and values go to the caches' slots.
 at::Tensor rotary_write(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
                         const std::optional<at::Tensor>& query_norm, const std::optional<at::Tensor>& key_norm, double eps,
-                        bool early, at::Tensor key_cache, at::Tensor value_cache, const at::Tensor& slots) {
-  const int64_t count = qkv.size(0), kv = key_cache.size(1), block = key_cache.size(2), dim = key_cache.size(3);
+                        bool early, at::Tensor key_cache, at::Tensor value_cache, const at::Tensor& slots, int64_t dim) {
+  const int64_t count = qkv.size(0), kv = key_cache.size(1), block = key_cache.size(2);
   const int64_t all = qkv.size(1) / dim, heads = all - 2 * kv, turned = cos.size(1), total = key_cache.size(0) * block;
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < count; ++t)
@@ -122,31 +123,33 @@ at::Tensor rotary_write(const at::Tensor& qkv, const at::Tensor& cos, const at::
                           key_norm ? key_norm->const_data_ptr<float>() : nullptr};
   by_dtype(qkv.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto *from = static_cast<const T*>(qkv.const_data_ptr()), *c = static_cast<const T*>(cos.const_data_ptr()),
-               *s = static_cast<const T*>(sin.const_data_ptr());
-    auto *query = static_cast<T*>(out.mutable_data_ptr()), *keys = static_cast<T*>(key_cache.mutable_data_ptr()),
-         *values = static_cast<T*>(value_cache.mutable_data_ptr());
-    at::parallel_for(0, count * all, 128, [&](int64_t begin, int64_t end) {
-      std::vector<float> x(padded(dim));
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t t = i / all, h = i % all;
-        const bool is_query = h < heads, is_key = !is_query && h < heads + kv;
-        const T* head = from + i * dim;
-        const int64_t place = h - heads - (is_key ? 0 : kv);
-        T* to = query + (t * heads + h) * dim;
-        if (!is_query) {
-          if (slot[t] < 0) continue;
-          to = (is_key ? keys : values) + ((slot[t] / block * kv + place) * block + slot[t] % block) * dim;
+    by_cache<T>(key_cache.scalar_type(), [&](auto* row_type) {
+      using C = std::remove_pointer_t<decltype(row_type)>;
+      const auto *from = static_cast<const T*>(qkv.const_data_ptr()), *c = static_cast<const T*>(cos.const_data_ptr()),
+                 *s = static_cast<const T*>(sin.const_data_ptr());
+      auto* query = static_cast<T*>(out.mutable_data_ptr());
+      auto *keys = static_cast<C*>(key_cache.mutable_data_ptr()), *values = static_cast<C*>(value_cache.mutable_data_ptr());
+      const int64_t width = row_width<C>(dim);
+      at::parallel_for(0, count * all, 128, [&](int64_t begin, int64_t end) {
+        std::vector<float> x(padded(dim));
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t t = i / all, h = i % all;
+          const bool is_query = h < heads, is_key = !is_query && h < heads + kv;
+          const T* head = from + i * dim;
+          if (!is_query && slot[t] < 0) continue;
+          const int64_t place = h - heads - (is_key ? 0 : kv);
+          const int64_t to = ((slot[t] / block * kv + place) * block + slot[t] % block) * width;
+          if (!is_query && !is_key) {
+            put_row(values + to, head, dim);
+            continue;
+          }
+          for (int64_t d = 0; d < dim; d += LANES) store(x.data() + d, load(head + d, lanes_at(d, dim)));
+          if (const float* norm = norms[is_key]) normalize<T>(x.data(), norm, dim, float(eps), early);
+          rotate(x.data(), c + t * turned, s + t * turned, turned / 2);
+          if (is_query) put_row(query + (t * heads + h) * dim, x.data(), dim);
+          else put_row(keys + to, x.data(), dim);
         }
-        if (!is_query && !is_key) {
-          std::memcpy(to, head, dim * sizeof(T));
-          continue;
-        }
-        for (int64_t d = 0; d < dim; d += LANES) store(x.data() + d, load(head + d, lanes_at(d, dim)));
-        if (const float* norm = norms[is_key]) normalize<T>(x.data(), norm, dim, float(eps), early);
-        rotate(x.data(), c + t * turned, s + t * turned, turned / 2);
-        for (int64_t d = 0; d < dim; d += LANES) store(to + d, load(x.data() + d), lanes_at(d, dim));
-      }
+      });
     });
   });
   return out;
@@ -178,7 +181,7 @@ TORCH_LIBRARY_FRAGMENT(quasar, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool early, Tensor? residual) -> (Tensor, Tensor)", &quasar::rms_norm);
   m.def(
       "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, float eps, bool early, "
-      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> Tensor",
+      "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots, int dim) -> Tensor",
       &quasar::rotary_write);
   m.def("gated(Tensor both, bool is_gelu) -> Tensor", &quasar::gated);
 }

@@ -2,17 +2,19 @@
 
 On a device nothing is checked that only its memory knows - slots, blocks, positions - as a look would stop the device
 in every layer: what lies outside its table or cache counts as unseen, or isn't written. `runtime.batch` checks these on
-the host. Products of eight-bit activations or weights, 16-bit products in fixed chunks and the small operations of a fused
-layer have no kernel of their own here and are the reference's: right, and slower than they will be.
+the host. Four-bit products of eight-bit activations have no kernel of their own here and are the reference's.
 """
 
 from runtime.kernels.gpu.attention import paged_attention
 from runtime.kernels.gpu.cache import write_cache
+from runtime.kernels.gpu.dense import dense_linear, head_best, int8_linear
+from runtime.kernels.gpu.gates import gated
+from runtime.kernels.gpu.layer import rms_norm, rotary_write
 from runtime.kernels.gpu.linear import int4_linear, pack_int4
 from runtime.kernels.gpu.sampling import best_tokens
-from runtime.kernels.reference import dense_linear, gated, int8_linear, pack_int8, rms_norm, rotary_write
+from runtime.kernels.reference import pack_int8
 
 __all__ = [
-    "best_tokens", "dense_linear", "gated", "int4_linear", "int8_linear", "pack_int4", "pack_int8", "paged_attention",
-    "rms_norm", "rotary_write", "write_cache",
+    "best_tokens", "dense_linear", "gated", "head_best", "int4_linear", "int8_linear", "pack_int4", "pack_int8",
+    "paged_attention", "rms_norm", "rotary_write", "write_cache",
 ]  # fmt: skip

@@ -1,7 +1,11 @@
 """Attention of new tokens over a paged cache.
 
 A tile is a few consecutive rows of the batch times the query heads that share a key head, 16 to 32 in all, so that the
-rows of a check read their sequence's keys once. If a tile's rows belong to several sequences, they take turns.
+rows of a check read their sequence's keys once: as many rows as a sequence has on average. If a tile's rows belong to
+several sequences, they take turns.
+
+Keys and values of eight bits stay codes in the products: a key's scale is multiplied into its scores, a value's into its
+weights.
 
 **Order of additions.** A piece is 512 positions of a sequence, counted from its first, and is gone through 64 at a time;
 a piece's result is merged into those before it, in order. Few rows: a program for each tile, key head and piece, and a
@@ -16,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from runtime.kernels.arguments import check_attention
-from runtime.kernels.gpu.dot import dot
+from runtime.kernels.gpu.cache import decode, raw
+from runtime.kernels.gpu.dot import dot, narrow
 from runtime.kernels.gpu.table import Table, table_of
 
 STEP = tl.constexpr(64)  # keys
@@ -42,12 +47,13 @@ def _merge(top, total, out, top1, total1, out1):
 
 @triton.jit
 def _piece(
-    q, mine, position, first, row, keys, values, tables, kv, begin, end, blocks, width, scale, cap,
-    KV: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, TILE_D: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    q, mine, position, first, row, keys, values, key_scales, value_scales, tables, kv, begin, end, blocks, width, scale,
+    cap, KV: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr,
+    TILE_D: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What rows `mine` of a tile see of one sequence's positions begin..end: maxima, sums of weights, weighted values."""
     d = tl.arange(0, TILE_D)
+    WIDTH: tl.constexpr = DIM if FORM == "same" else DIM + 4
     # A matrix product adds up the weights: the order of a plain sum would follow from how a tile lies in its threads.
     ones = tl.full((STEP, 16), 1.0, q.dtype)
     top = tl.full((TILE,), float("-inf"), tl.float32)
@@ -59,11 +65,16 @@ def _piece(
         block = tl.load(tables + row * width + place // SIZE, mask=(place < end) & (place // SIZE < width), other=-1)
         there = (block >= 0) & (block < blocks)
         seen &= there[None, :]
-        spot = ((block.to(tl.int64) * KV + kv) * SIZE + place % SIZE) * DIM
+        spot = (block.to(tl.int64) * KV + kv) * SIZE + place % SIZE
         inside = there[:, None] & (d < DIM)[None, :]
-        key = tl.load(keys + spot[:, None] + d[None, :], mask=inside, other=0.0)
-        value = tl.load(values + spot[:, None] + d[None, :], mask=inside, other=0.0)
+        key = tl.load(keys + spot[:, None] * WIDTH + d[None, :], mask=inside, other=0)
+        value = tl.load(values + spot[:, None] * WIDTH + d[None, :], mask=inside, other=0)
+        if FORM != "same":
+            key, value = decode(key, FORM == "fp8").to(q.dtype), decode(value, FORM == "fp8").to(q.dtype)
         score = dot(q, tl.trans(key), tl.zeros((TILE, STEP), tl.float32), PRECISION) * scale
+        if FORM != "same":
+            at = spot * (DIM // 4 + 1) + DIM // 4
+            score *= tl.load(key_scales + at, mask=there, other=0.0)[None, :]
         if CAPPED:
             ratio = score / cap
             e = tl.exp(-2.0 * tl.abs(ratio))
@@ -72,16 +83,22 @@ def _piece(
         now = tl.maximum(top, tl.max(score, axis=1))
         fade = tl.where(top == now, 1.0, _weigh(top, now))
         weight = tl.where(seen, tl.exp(score - now[:, None]), 0.0)
+        total = dot(narrow(weight, q.dtype), ones, total * fade[:, None], PRECISION)
         # Rows share the product with the values, and 0 times NaN is NaN: a value that isn't finite counts as 0 there and
         # makes those rows NaN that see it, no others.
-        wide = value.to(tl.float32)
-        finite = wide - wide == 0.0
-        value = tl.where(finite, value, tl.zeros_like(value))
-        broken = tl.max(tl.where(finite, 0.0, 1.0), axis=1)
+        if FORM == "same":
+            wide = value.to(tl.float32)
+            finite = wide - wide == 0.0
+            value = tl.where(finite, value, tl.zeros_like(value))
+            broken = tl.max(tl.where(finite, 0.0, 1.0), axis=1)
+        else:
+            step = tl.load(value_scales + at, mask=there, other=0.0)
+            finite = step - step == 0.0
+            weight *= tl.where(finite, step, 0.0)[None, :]
+            broken = tl.where(finite, 0.0, 1.0)
         hurt = tl.max(tl.where(seen, broken[None, :], 0.0), axis=1)
-        total = dot(weight.to(value.dtype), ones, total * fade[:, None], PRECISION)
         total = tl.where(hurt[:, None] > 0, float("nan"), total)
-        out = dot(weight.to(value.dtype), value, out * fade[:, None], PRECISION)
+        out = dot(narrow(weight, q.dtype), value, out * fade[:, None], PRECISION)
         top = now
     return top, tl.max(total, axis=1), out  # sixteen times the same sums
 
@@ -99,19 +116,19 @@ def _finish(top, total, out, sinks, head, inside, SINKS: tl.constexpr):
 
 @triton.jit
 def _attend(
-    query, keys, values, tables, rows, positions, sinks, result, tops, totals, count, sequences, blocks, width, stride_t,
-    stride_h, scale, cap, window, KV: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_T: tl.constexpr, TILE_D: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    query, keys, values, key_scales, value_scales, tables, rows, positions, sinks, result, tops, totals, count, height,
+    sequences, blocks, width, stride_t, stride_h, scale, cap, window, KV: tl.constexpr, GROUP: tl.constexpr,
+    SIZE: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr, TILE_H: tl.constexpr, TILE_T: tl.constexpr,
+    TILE_D: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = TILE_H * TILE_T
     SHARES: tl.constexpr = (GROUP + TILE_H - 1) // TILE_H  # tiles that share a key head
     kv = tl.program_id(1) // SHARES
     r, d = tl.arange(0, TILE), tl.arange(0, TILE_D)
-    t = tl.program_id(0) * TILE_T + r // TILE_H
+    t = tl.program_id(0) * height + r // TILE_H
     share = tl.program_id(1) % SHARES * TILE_H + r % TILE_H
     head = kv * GROUP + share
-    inside = (t < count) & (share < GROUP)
+    inside = (r // TILE_H < height) & (t < count) & (share < GROUP)
     row = tl.load(rows + t, mask=inside, other=-1)
     position = tl.load(positions + t, mask=inside, other=-1)
     live = inside & (position >= 0) & (row >= 0) & (row < sequences)
@@ -124,7 +141,7 @@ def _attend(
     top = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     out = tl.zeros((TILE, TILE_D), tl.float32)
-    for i in range(TILE_T):
+    for i in range(height):
         turn = tl.max(tl.where(live & (r // TILE_H == i), row, -1), axis=0)
         earlier = tl.max((live & (r // TILE_H < i) & (row == turn)).to(tl.int32), axis=0)
         if (turn >= 0) & (earlier == 0):
@@ -138,8 +155,8 @@ def _attend(
                 begin = tl.maximum(p * PIECE, low // STEP * STEP)
                 end = tl.minimum((p + 1) * PIECE, high)
                 top1, total1, out1 = _piece(
-                    q, mine, position, first, turn, keys, values, tables, kv, begin, end, blocks, width, scale, cap,
-                    KV, SIZE, DIM, TILE, TILE_D, CAPPED, PRECISION,
+                    q, mine, position, first, turn, keys, values, key_scales, value_scales, tables, kv, begin, end, blocks,
+                    width, scale, cap, KV, SIZE, DIM, FORM, TILE, TILE_D, CAPPED, PRECISION,
                 )  # fmt: skip
                 top, total, out = _merge(top, total, out, top1, total1, out1)
     place = t.to(tl.int64) * (KV * GROUP) + head
@@ -150,7 +167,7 @@ def _attend(
         tl.store(totals + place, total, mask=inside)
     else:
         out = tl.where(live[:, None], _finish(top, total, out, sinks, head, inside, SINKS), 0.0)
-    tl.store(result + place[:, None] * DIM + d[None, :], out.to(result.dtype.element_ty), mask=full)
+    tl.store(result + place[:, None] * DIM + d[None, :], narrow(out, result.dtype.element_ty), mask=full)
 
 
 @triton.jit
@@ -180,7 +197,7 @@ def _join(
         top, total, out = _merge(top, total, out, top1, total1, out1)
     if position >= 0:
         out = _finish(top, total, out, sinks, head, inside, SINKS)
-    tl.store(result + at[:, None] * DIM + d[None, :], out.to(result.dtype.element_ty), mask=full)
+    tl.store(result + at[:, None] * DIM + d[None, :], narrow(out, result.dtype.element_ty), mask=full)
 
 
 def paged_attention(
@@ -209,21 +226,22 @@ def attend(
     group = heads // kv
     tile_h = min(16, triton.next_power_of_2(group))
     # Rows of one sequence that stand side by side, on average: known without asking the device.
-    mean = triton.next_power_of_2(triton.cdiv(count, max(1, len(tables))))
-    tile_t = max(16 // tile_h, min(mean, 32 // tile_h))
+    height = min(triton.cdiv(count, max(1, len(tables))), 32 // tile_h)
+    tile_t = max(16 // tile_h, triton.next_power_of_2(height))
     tile_d = max(16, triton.next_power_of_2(dim))
-    grid = triton.cdiv(count, tile_t), kv * triton.cdiv(group, tile_h)
+    grid = triton.cdiv(count, height), kv * triton.cdiv(group, tile_h)
     pieces = max(1, triton.cdiv(tables.shape[1] * size, PIECE.value))
     split = pieces > 1 and grid[0] * grid[1] < table.programs
     places = (count, heads, pieces if split else 0)
     tops, totals = query.new_empty(places, dtype=torch.float32), query.new_empty(places, dtype=torch.float32)
     outs = query.new_empty((*places, dim), dtype=torch.float32) if split else result
+    (keys, key_scales, form), (values, value_scales, _) = raw(key_cache), raw(value_cache)
     _attend[(*grid, pieces if split else 1)](
-        query, key_cache, value_cache, tables, rows, positions, sinks, outs, tops, totals, count, len(tables), blocks,
-        tables.shape[1], query.stride(0), query.stride(1), float(scale), float(soft_cap), window, KV=kv, GROUP=group,
-        SIZE=size, DIM=dim, TILE_H=tile_h, TILE_T=tile_t, TILE_D=tile_d, CAPPED=soft_cap > 0, SINKS=sinks is not None,
-        SPLIT=split, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=table.attention_warps,
-        num_stages=table.attention_stages, enable_fp_fusion=False,
+        query, keys, values, key_scales, value_scales, tables, rows, positions, sinks, outs, tops, totals, count, height,
+        len(tables), blocks, tables.shape[1], query.stride(0), query.stride(1), float(scale), float(soft_cap), window, KV=kv,
+        GROUP=group, SIZE=size, DIM=dim, FORM=form, TILE_H=tile_h, TILE_T=tile_t, TILE_D=tile_d, CAPPED=soft_cap > 0,
+        SINKS=sinks is not None, SPLIT=split, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=table.attention_warps, num_stages=table.attention_stages, enable_fp_fusion=False,
     )  # fmt: skip
     if split:
         tile = min(16, triton.next_power_of_2(heads))

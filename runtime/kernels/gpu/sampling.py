@@ -45,6 +45,16 @@ def _log(x):
 
 
 @triton.jit
+def noise(token, position, seed):
+    """Gumbel noise of `runtime/noise.py`, float32: int32 token ids, int64 positions and seeds that broadcast to them."""
+    none = tl.zeros_like(token).to(tl.uint32)
+    low, high = seed.to(tl.uint32) + none, (seed >> 32).to(tl.uint32) + none
+    word = _word(token.to(tl.uint32), position.to(tl.uint32) + none, low, high)
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-7
+    return -_log(-_log(uniform))
+
+
+@triton.jit
 def _tiles(
     logits, temperatures, seeds, positions, scores, ids, stride, first, VOCAB: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -55,11 +65,8 @@ def _tiles(
     temperature = tl.load(temperatures + row)
     broken = tl.max((score != score).to(tl.int32), axis=0)
     if temperature > 0:
-        seed = tl.load(seeds + row)
-        position = tl.load(positions + row).to(tl.uint32) + tl.zeros((TILE,), tl.uint32)
-        word = _word((token + first).to(tl.uint32), position, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
-        uniform = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-7
-        score = tl.div_rn(score, temperature + tl.zeros_like(score)) - _log(-_log(uniform))
+        score = tl.div_rn(score, temperature + tl.zeros_like(score))
+        score += noise(token + first, tl.load(positions + row), tl.load(seeds + row))
         broken = tl.maximum(broken, tl.max((score != score).to(tl.int32), axis=0))
     best = tl.max(score, axis=0)
     ident = tl.min(tl.where(inside & (score == best), token, NO_ID), axis=0)
@@ -97,12 +104,19 @@ def best_tokens(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     tiles = triton.cdiv(vocab, TILE)
-    scores, best_scores = logits.new_empty(rows, tiles, dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
-    ids, best_ids = logits.new_empty(rows, tiles, dtype=torch.int32), logits.new_empty(rows, dtype=torch.int64)
+    scores, ids = logits.new_empty(rows, tiles, dtype=torch.float32), logits.new_empty(rows, tiles, dtype=torch.int32)
     if rows:
         _tiles[(rows, tiles)](
             logits, temperatures.contiguous(), seeds.contiguous(), positions.contiguous(), scores, ids, logits.stride(0),
-            first, VOCAB=vocab, TILE=TILE,
+            first, VOCAB=vocab, TILE=TILE, enable_fp_fusion=False,
         )  # fmt: skip
+    return merge_tiles(scores, ids, first)
+
+
+def merge_tiles(scores: Tensor, ids: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The best of each row's tiles [R, tiles]; ids count from the slice's first token."""
+    rows, tiles = scores.shape
+    best_scores, best_ids = scores.new_empty(rows), ids.new_empty(rows, dtype=torch.int64)
+    if rows:
         _merge[(rows,)](scores, ids, best_scores, best_ids, first, tiles, WIDTH=256)
     return best_scores, best_ids

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent.parent / "tuned"
 
 @dataclass(frozen=True)
 class Tile:
-    """How one program of the int4 product works: outputs of its tile, warps, and loads under way at once."""
+    """How one program of a product works: outputs of its tile, warps, and loads under way at once."""
 
     outputs: int
     warps: int
@@ -32,23 +32,31 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """product: rows of a tile (16, 32, 64, 128) -> Tile. programs: fewer than so many leave the device idle."""
+    """product, dense: rows of a tile (16, 32, 64, 128) -> Tile, for weights of four bits, and of eight and sixteen.
+    programs: fewer than so many leave the device idle."""
 
     product: dict[int, Tile]
+    dense: dict[int, Tile]
     programs: int
     attention_warps: int
     attention_stages: int
+
+    @staticmethod
+    def tile(tiles: dict[int, Tile], rows: int, only: int | None = None) -> tuple[int, Tile]:
+        """The least tile that holds so many rows, or the largest; `only`: of so many rows."""
+        high = only or min((r for r in tiles if r >= rows), default=max(tiles))
+        return high, tiles[high]
 
 
 def parse(text: str) -> Table:
     """Reads a table. Raises ValueError for anything that isn't one."""
     data: dict[str, Any] = json.loads(text)
     try:
-        product = {int(rows): Tile(**tile) for rows, tile in data["product"].items()}
-        table = Table(product, int(data["programs"]), int(data["attention"]["warps"]), int(data["attention"]["stages"]))
+        tiles = [{int(rows): Tile(**tile) for rows, tile in data[name].items()} for name in ("product", "dense")]
+        table = Table(*tiles, int(data["programs"]), int(data["attention"]["warps"]), int(data["attention"]["stages"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a table of tuned parameters: {error!r}") from error
-    if not product or not set(product) <= {16, 32, 64, 128} or 16 not in product or table.programs < 1:
+    if any(not set(rows) <= {16, 32, 64, 128} or 16 not in rows for rows in tiles) or table.programs < 1:
         raise ValueError("row tiles are 16 and some of 32, 64 and 128; programs is 1 or more")
     return table
 

@@ -1,0 +1,91 @@
+// Rows of the KV cache: a head's numbers in the model's dtype, or in eight bits with a scale of their own behind them, a
+// float in four bytes. `runtime/kernels/rows.py` says how they are rounded; every implementation gives the same bytes.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "simd.h"
+
+namespace quasar {
+
+struct Int8 {
+  int8_t code;
+};
+struct Float8 {  // e4m3fn
+  uint8_t code;
+};
+
+template <class C>
+constexpr bool is_eight = sizeof(C) == 1;
+
+template <class C>
+int64_t row_width(int64_t dim) {
+  return is_eight<C> ? dim + int64_t(sizeof(float)) : dim;
+}
+
+QUASAR_INLINE F load(const Int8* p) { return to_float((widen(read<B>(p)) ^ 0x80) - 0x80); }
+QUASAR_INLINE F load(const Float8* p) {
+  const U x = U(widen(read<B>(p)));  // as a half, whose exponents begin eight lower
+  return from_half(narrow((x & 0x80u) << 8 | (x & 0x7fu) << 7)) * splat(256.0f);
+}
+
+QUASAR_INLINE void store(Int8* p, F x) {
+  const B b = narrow(round_to_int(x));
+  std::memcpy(p, &b, sizeof(b));
+}
+QUASAR_INLINE void store(Float8* p, F x) {  // to nearest, half to even, of |x| up to 448
+  const U sign = bits<U>(x) >> 24 & 0x80u, u = bits<U>(x) & 0x7fffffffu;
+  const U large = ((u + 0x7ffffu + (u >> 20 & 1u)) >> 20) - 960u;       // three bits of the fraction; exponents from 7 on
+  const U small = U(round_to_int(bits<F>(u) * splat(512.0f)));         // below 2^-6: steps of 2^-9
+  const B b = narrow(I((u < 0x3c800000u ? small : large) | sign));
+  std::memcpy(p, &b, sizeof(b));
+}
+
+// What a row's codes are multiplied with.
+template <class C>
+QUASAR_INLINE float scale_of(const C* row, int64_t dim) {
+  if constexpr (is_eight<C>) return read<float>(row + dim);
+  return 1.0f;
+}
+
+// Writes a row of a cache.
+template <class C, class T>
+void put_row(C* row, const T* x, int64_t dim) {
+  if constexpr (std::is_same_v<C, T>) {
+    std::memcpy(row, x, dim * sizeof(T));
+  } else if constexpr (!is_eight<C>) {
+    for (int64_t d = 0; d < dim; d += LANES) {
+      const int n = int(std::min<int64_t>(LANES, dim - d));
+      store(row + d, load(x + d, n), n);
+    }
+  } else {
+    const float most_code = std::is_same_v<C, Int8> ? 127.0f : 448.0f;
+    U top = {};  // as integers, magnitudes are in order, and infinities and NaN come last
+    for (int64_t d = 0; d < dim; d += LANES) {
+      const U u = bits<U>(load(x + d, int(std::min<int64_t>(LANES, dim - d)))) & 0x7fffffffu;
+      top = u > top ? u : top;
+    }
+    uint32_t most = 0;
+    for (int i = 0; i < LANES; ++i) most = std::max<uint32_t>(most, top[i]);
+    const float amax = bits<float>(most);
+    const bool finite = most < 0x7f800000u, some = finite && amax >= 0x1p-100f;
+    const F inverse = splat(some ? most_code / amax : 0.0f);
+    for (int64_t d = 0; d < dim; d += LANES) {
+      const int n = int(std::min<int64_t>(LANES, dim - d));
+      store(row + d, some ? load(x + d, n) * inverse : F{}, n);
+    }
+    const float scale = some ? amax / most_code : finite ? 0.0f : NAN;
+    std::memcpy(row + dim, &scale, sizeof(scale));
+  }
+}
+
+// Calls f with a null pointer of the type of a cache's numbers: T, or one of eight bits.
+template <class T, class Function>
+void by_cache(c10::ScalarType dtype, const Function& f) {
+  if (dtype == c10::kChar) return f(static_cast<Int8*>(nullptr));
+  if (dtype == c10::kFloat8_e4m3fn) return f(static_cast<Float8*>(nullptr));
+  f(static_cast<T*>(nullptr));
+}
+
+}  // namespace quasar
