@@ -53,13 +53,13 @@ class Resident:
         sources: int, max_num_seqs: int, longest: int, budget: int,
     ) -> None:  # fmt: skip
         self._model, self._cache, self._comm, self._proposer, self._graphs = model, cache, comm, proposer, graphs
-        self._budget, self._device = budget, cache.device
+        self._budget, self.device = budget, cache.device
         most = -(-max_num_seqs // comm.size) * comm.size
         blocks = _power(blocks_for(longest, cache.block_size))
         places = blocks * cache.block_size
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self._history = zeros(max_num_seqs + 1, places + 1, dtype=torch.int32)  # by slot; the last of each is for no one
         # One table, so that one copy brings everything; temperatures as the bits of float32.
@@ -118,9 +118,9 @@ class Resident:
         bucket = self._bucket
         if bucket not in self._out:
             shape = (bucket.sequences, HEADER + bucket.drafts + 1)
-            self._out[bucket] = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._out[bucket] = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._graphs.run(bucket, lambda: self._round(bucket))
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             self._coming.append((self._out[bucket].clone(), None))
             return
         copy = torch.empty(self._out[bucket].shape, dtype=torch.int32, pin_memory=True)
@@ -171,16 +171,16 @@ class Resident:
             tails.append(sequence.tokens[starts[-1] :])
             self._told[sequence.slot] = sequence, sequence.num_committed
         longest = max(map(len, tails))
-        new = torch.tensor([filled(tail, longest) for tail in tails], dtype=torch.int32).to(self._device)
+        new = torch.tensor([filled(tail, longest) for tail in tails], dtype=torch.int32).to(self.device)
         place = torch.tensor(starts)[:, None] + torch.arange(longest)
         slots = torch.tensor([s.slot for s in running])[:, None]
         spare = self._history.shape[1] - 1
-        self._history[slots.to(self._device), place.clamp(max=spare).to(self._device).where(new >= 0, spare)] = new
+        self._history[slots.to(self.device), place.clamp(max=spare).to(self.device).where(new >= 0, spare)] = new
 
     @torch.inference_mode()
     def _round(self, bucket: Bucket) -> None:
         """One round over the tensors, for S sequences of which some may not be there."""
-        width, device = bucket.drafts, self._device
+        width, device = bucket.drafts, self.device
         state, places = self._state[: bucket.sequences], bucket.blocks * self._cache.block_size
         slot, length, limit, room, seeds, temperatures, live = state[:, : len(COLUMNS)].clone().unbind(1)
         widths = [ENDS, 1 + self._sources, state.shape[1] - self._facts]
