@@ -3,6 +3,8 @@
     python -m bench.gpu_rounds                    # needs CUDA; a model of Qwen3-8B's shape is made first, 16 GB
     python -m bench.gpu_rounds --dry-run          # the demo's model on any machine: does it run at all
 
+Then whole jobs on that model - whose text is the demo model's - in the four cells.
+
 Sequences of random tokens stand at a context that nobody computed: a round costs the same whatever the cache holds. Drafts
 are random too, so that every round checks k of them and decides one token.
 """
@@ -14,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 
 from bench.enlarge import SOURCE, enlarge
+from bench.inprocess import four_cells
+from bench.jobs import ROOT
 from bench.kernels import table
 from bench.shapes import SHAPES
 from configs.schema import ModelConfig
@@ -37,7 +41,7 @@ from runtime.sequence import Sequence as Running
 
 BLOCK = 16
 ROUNDS = 12  # of a lease, of which the first are left out
-CONTENDERS = {"int4": "int4", "16-bit": "none"}
+CONTENDERS = {"int4": "int4", "16-bit": "none"}  # name -> model.quantization
 
 
 class RandomDrafts:
@@ -51,9 +55,10 @@ class RandomDrafts:
     def settle(self, rows: list[Running | None], count: int) -> None:
         pass
 
-    def propose(self, view: View, count: int) -> Tensor:
+    def propose(self, view: View, count: int) -> tuple[Tensor, Tensor]:
         step = torch.arange(count, device=view.length.device)
-        return (view.length[:, None] * 7919 + view.seeds[:, None] * 104729 + step * 31) % self._vocab_size
+        drafts = (view.length[:, None] * 7919 + view.seeds[:, None] * 104729 + step * 31) % self._vocab_size
+        return drafts, torch.ones_like(view.length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +91,16 @@ def measure(model: Model, cell: Cell) -> Timing:
     proposer = RandomDrafts(model.vocab_size) if cell.drafts else None
     graphs = Graphs(capture_on(model.device))
     budget = cell.batch * (cell.drafts + 1)
-    resident = Resident(model, cache, Solo(), proposer, graphs, cell.batch, cell.longest, budget)
+    resident = Resident(model, cache, Solo(), proposer, graphs, 1, cell.batch, cell.longest, budget)
     sequences = [
         Running(
             index=slot, slot=slot, tokens=[rng.randrange(model.vocab_size) for _ in range(cell.context)],
             num_prompt=cell.context, limit=cell.longest, ends=frozenset(), sampling=Sampling(seed=slot),
-            num_computed=cell.context - 1, blocks=list(range(slot * blocks, (slot + 1) * blocks)),
+            num_computed=cell.context - 1, blocks=list(range(slot * blocks, (slot + 1) * blocks)), allowance=[cell.drafts],
         )
         for slot in range(cell.batch)
     ]  # fmt: skip
-    resident.begin(sequences, ROUNDS, {s.slot: cell.drafts for s in sequences})
+    resident.begin(sequences, ROUNDS)
     for _ in range(3):  # compiled, captured, replayed
         resident.launch()
     list(resident.decisions())
@@ -109,7 +114,7 @@ def measure(model: Model, cell: Cell) -> Timing:
     return Timing(wall, max(0.0, 1 - on_device / wall), model.weight_bytes - table_bytes + cell.batch * cell.context * kv)
 
 
-def _timed(resident: Resident):  # type: ignore[no-untyped-def]
+def _timed(resident: Resident) -> Callable[[], float]:
     """Launches a round; what it returns tells, once the round is over, the seconds the device took."""
     if resident.device.type != "cuda":
         start = time.perf_counter()
@@ -136,7 +141,8 @@ def rounds(directory: Path, device: torch.device, bandwidth: float, dry: bool) -
     (bytes a second)."""
     found: dict[Cell, dict[str, Timing]] = {}
     for name, quantization in CONTENDERS.items():
-        model = load_model(ModelConfig(target=str(directory), quantization=quantization, group_size=32 if dry else 128), Solo(), device)
+        config = ModelConfig(target=str(directory), quantization=quantization, group_size=32 if dry else 128)
+        model = load_model(config, Solo(), device)
         for cell in cells(dry):
             try:
                 found.setdefault(cell, {})[name] = measure(model, cell)
@@ -173,7 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.dry_run:
             directory = Path(scratch) / "model"
             enlarge(SOURCE, directory, SHAPES[options.shape])
-        print(rounds(directory, device, options.bandwidth, options.dry_run))
+        print(rounds(directory, device, options.bandwidth, options.dry_run), "\n", flush=True)
+        prompts, group = ROOT / "configs/demo/prompts.jsonl", 32 if options.dry_run else 128
+        for batch in [2] if options.dry_run else [1, 16]:
+            print(f"whole jobs, batch {batch}\n")
+            print(four_cells(directory, prompts, device, batch, 16 if options.dry_run else 256, group), "\n", flush=True)
     return 0
 
 

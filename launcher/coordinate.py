@@ -49,20 +49,6 @@ def system_fingerprint(target: Path, ranks: set[str], defaults: Defaults) -> str
     return f"fp_{state.hexdigest()}"
 
 
-def limits(config: RunConfig) -> Limits:
-    """How plans are made: a lease of rounds with the next one sent ahead, or a round at a time."""
-    in_group = config.coordination.merge == "group"
-    lease = config.coordination.lease or (1 if config.certified else 4)
-    return Limits(
-        max_num_seqs=config.engine.max_num_seqs,
-        block_size=config.engine.block_size,
-        width=config.width,
-        rounds=lease if in_group else 1,
-        ahead=1 if in_group else 0,
-        fixed=not config.chosen,
-    )
-
-
 class Job:
     """Feeds requests to the machine and keeps what comes out of it."""
 
@@ -159,7 +145,7 @@ class Job:
 
 def coordinate(config: RunConfig, groups: list[tuple[int, ...]], endpoint: str) -> int:
     """Runs a job from file to file. Returns the exit code; every rank gets the same one."""
-    machine = Coordinator(groups=groups, limits=limits(config), decode=lambda tokens: "")
+    machine = Coordinator(groups=groups, limits=Limits.of(config), decode=lambda tokens: "")
     with Server(endpoint, config.coordination.curve) as server:
         shell = Shell(machine, server, config.coordination)
         terminated = Failure(-1, exits.TERMINATED, "the coordinator was told to stop")

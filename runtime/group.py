@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from configs.schema import RunConfig
 from runtime.blocks import BlockPool, blocks_for
 from runtime.messages import Admission, Plan, Report, Verdict
 from runtime.sequence import Sequence
@@ -27,6 +28,20 @@ class Limits:
     rounds: int
     ahead: int
     fixed: bool = True
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Limits:
+        """A lease of rounds with the next one sent ahead, or a round at a time."""
+        in_group = config.coordination.merge == "group"
+        lease = config.coordination.lease or (1 if config.certified else 4)
+        return cls(
+            max_num_seqs=config.engine.max_num_seqs,
+            block_size=config.engine.block_size,
+            width=config.width,
+            rounds=lease if in_group else 1,
+            ahead=1 if in_group else 0,
+            fixed=not config.chosen,
+        )
 
 
 @dataclass(slots=True)

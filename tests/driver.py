@@ -14,9 +14,9 @@ import torch
 
 from configs.load import load
 from configs.schema import ModelConfig, RunConfig
-from launcher.coordinate import limits
 from runtime.comm import Communicator, Solo
 from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Refused, Send, Submit
+from runtime.group import Limits
 from runtime.messages import Hello, Message, Plan, Stop, decode, encode
 from runtime.model import Model, load_model
 from runtime.request import Completion, Request
@@ -91,10 +91,10 @@ def start(config: RunConfig, size: int) -> list[tuple[Rank, Mailbox, Hello]]:
 def carry_out_together(ranks: list[Rank], plan: Plan) -> None:
     """Every rank carries out the plan, each in a thread of its own; the first error is raised."""
     if len(ranks) == 1:
-        ranks[0]._carry_out(plan)
+        ranks[0].carry_out(plan)
         return
     with ThreadPoolExecutor(len(ranks)) as pool:
-        list(pool.map(lambda rank: rank._carry_out(plan), ranks))
+        list(pool.map(lambda rank: rank.carry_out(plan), ranks))
 
 
 def run(config: RunConfig, requests: Iterable[Request], size: int = 1) -> Outcome:
@@ -102,7 +102,7 @@ def run(config: RunConfig, requests: Iterable[Request], size: int = 1) -> Outcom
     started = start(config, size)
     ranks = [rank for rank, _, _ in started]
     machine = Coordinator(
-        groups=[tuple(range(size))], limits=limits(config), decode=lambda tokens: " ".join(map(str, tokens))
+        groups=[tuple(range(size))], limits=Limits.of(config), decode=lambda tokens: " ".join(map(str, tokens))
     )
     completions: dict[tuple[int, int], Completion] = {}
     plans: deque[Plan] = deque()

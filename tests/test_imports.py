@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,3 +86,10 @@ def test_the_search_finds_imports_wherever_they_hide() -> None:
     tree = ast.parse("def f():\n  from zmq.sugar import x\n  import a, b.c\nimportlib.import_module('d.e')")
     assert sorted(imports(tree)) == ["a", "b.c", "d.e", "zmq.sugar"]
     assert len(PRODUCT) > 20
+
+
+@pytest.mark.parametrize("module", ["bench.gpu", "bench.gpu_rounds", "runtime.engine", "workers.build"])
+def test_a_device_needs_no_launcher_and_no_sockets(module: str) -> None:
+    """What measures a GPU must run where only torch and transformers are installed."""
+    code = f"import sys; sys.modules['zmq'] = sys.modules['deepspeed'] = sys.modules['mpi4py'] = None; import {module}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})

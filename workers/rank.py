@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from runtime.messages import Admission, Farewell, Plan, Report, Stop, Verdict
 from runtime.request import SpeculationStats
 from runtime.sequence import Sequence
 from workers.memory import peak_memory
-from workers.transport import Client
+
+if TYPE_CHECKING:  # a rank can be driven without sockets, where there is no ZeroMQ
+    from workers.transport import Client
 
 
 @dataclass(slots=True)
@@ -48,9 +51,10 @@ class Rank:
             if isinstance(message, Plan):
                 if message.number == 1:
                     self.engine.clock.seconds.clear()  # waiting for the others to load is no part of any round
-                self._carry_out(message)
+                self.carry_out(message)
 
-    def _carry_out(self, plan: Plan) -> None:
+    def carry_out(self, plan: Plan) -> None:
+        """What a plan says, then its rounds."""
         engine = self.engine
         if not engine.sequences:
             self._since = time.perf_counter()

@@ -1,0 +1,107 @@
+"""A whole job in one process, for one rank: coordinator, rank and engine as they are, lists in place of sockets and files.
+
+What a device takes for a job, where ZeroMQ and a launcher aren't installed; it leaves out what those cost.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoTokenizer
+
+from bench.kernels import table
+from configs.schema import RunConfig
+from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Send, Submit
+from runtime.group import Limits
+from runtime.messages import Message, Plan
+from runtime.request import Request, SamplingParams
+from workers.build import Place, build
+from workers.rank import Rank
+
+CELLS = [(quantization, method) for quantization in ("none", "int4") for method in ("none", "ngram")]
+
+
+class Mailbox:
+    """A rank's messages, in a list."""
+
+    def __init__(self) -> None:
+        self.sent: deque[Message] = deque()
+
+    def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Of one job."""
+
+    tokens_per_second: float
+    mean_acceptance_length: float
+    outputs: dict[int, tuple[int, ...]]
+
+
+def run(config: RunConfig, requests: Iterable[Request]) -> Numbers:
+    """Loads, runs all requests, and gives the numbers of the time after loading."""
+    engine, hello = build(config, Place(0, 0, [(0,)], 0, 1, True, "inprocess"))
+    mailbox = Mailbox()
+    rank = Rank(0, True, "group", engine, cast(Any, mailbox))
+    machine = Coordinator(groups=[(0,)], limits=Limits.of(config), decode=lambda tokens: "")
+    plans: deque[Plan] = deque()
+    outputs: dict[int, tuple[int, ...]] = {}
+
+    def act(event: Any) -> None:
+        for action in machine.handle(event):
+            if isinstance(action, Finished):
+                outputs[action.completion.index] = action.completion.tokens
+            elif isinstance(action, Send) and isinstance(action.message, Plan):
+                plans.append(action.message)
+
+    act(hello)
+    start = time.perf_counter()
+    for request in requests:
+        act(Submit(request))
+    act(NoMoreRequests())
+    while plans:
+        rank.carry_out(plans.popleft())
+        while mailbox.sent:
+            act(mailbox.sent.popleft())
+    seconds = time.perf_counter() - start
+    return Numbers(sum(map(len, outputs.values())) / seconds, machine.stats.mean_acceptance_length, outputs)
+
+
+def demo_requests(model: Path, prompts: Path, count: int, new_tokens: int) -> list[Request]:
+    """Greedy continuations of the first prompts of a batch file."""
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    bodies = [json.loads(line)["body"] for line in prompts.read_text().splitlines()]
+    texts = [body["prompt"] for body in bodies if "prompt" in body][:count]
+    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    return [Request(index, tuple(tokenizer(text).input_ids), params) for index, text in enumerate(texts)]
+
+
+def four_cells(model: Path, prompts: Path, device: torch.device, batch: int, new_tokens: int, group_size: int) -> str:
+    """The table of 16 bit and int4, with n-gram drafts and without."""
+    requests = demo_requests(model, prompts, 2 * batch, new_tokens)
+    lines = []
+    plain: dict[int, tuple[int, ...]] = {}
+    for quantization, method in CELLS:
+        config = RunConfig.model_validate({
+            "model": {"target": str(model), "quantization": quantization, "group_size": group_size},
+            "speculation": {"method": method, "num_speculative_tokens": 5},
+            "engine": {"device": device.type, "max_num_seqs": batch, "max_model_len": 1024},
+        })  # fmt: skip
+        numbers = run(config, requests)
+        plain = numbers.outputs if method == "none" else plain
+        same = sum(numbers.outputs[index] == tokens for index, tokens in plain.items())
+        name = ("16-bit" if quantization == "none" else "int4") + (" + ngram" if method == "ngram" else "")
+        rate = f"{numbers.tokens_per_second:.0f}"
+        lines.append([name, rate, f"{numbers.mean_acceptance_length:.2f}", f"{same} of {len(requests)}"])
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return table(["cell", "tokens/s", "mean acceptance length", "same output as without drafts"], lines)
