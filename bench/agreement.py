@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from bench.jobs import ROOT
 from runtime.drafting import cascade
-from runtime.drafting.drafter import Drafter
+from runtime.drafting.drafter import Draft, Drafter
 from runtime.engine import Engine
 from runtime.kv_cache import KVCache
 from runtime.request import Request, SamplingParams
@@ -27,18 +27,20 @@ from tests.driver import demo_config, run
 class Apart(cascade.Cascade):
     """A cascade whose cheap model has a cache of its own, and so computes all committed tokens itself."""
 
-    def __init__(self, engine: Engine, drafter: Drafter) -> None:
-        super().__init__(engine, drafter)
+    def __init__(self, engine: Engine, drafter: Drafter, width: int) -> None:
+        super().__init__(engine, drafter, width)
         shared = engine._cache
         engine._cache = KVCache(shared.shape, shared.num_blocks, shared.block_size, shared.dtype)
         self._computed: dict[int, int] = {}
 
-    def propose(self, works: list[Work]) -> list[list[int]]:
+    def propose(self, works: list[Work]) -> list[Draft]:
         with mock.patch.object(cascade, "provisional", self._provisional):
             return super().propose(works)
 
-    def _provisional(self, work: Work, one: Callable[[Work], Sequence] = cascade.provisional) -> Sequence:
-        copy, slot = one(work), work.sequence.slot
+    def _provisional(
+        self, work: Work, allowance: list[int], one: Callable[[Work, list[int]], Sequence] = cascade.provisional
+    ) -> Sequence:
+        copy, slot = one(work, allowance), work.sequence.slot
         copy.num_computed = min(self._computed.get(slot, 0), work.sequence.num_committed - 1)
         self._computed[slot] = work.sequence.num_committed
         return copy

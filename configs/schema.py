@@ -27,6 +27,7 @@ def parse_bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Positive = Annotated[int, Field(gt=0)]
 MOST_DRAFTS = 32  # of a sequence in a round
+MOST_WINDOW = 64  # of tokens to certify, likewise
 INNER_DRAFTS = 5  # the same inside a certified window, where nobody chooses
 
 
@@ -106,8 +107,10 @@ class VerificationConfig(Section):
         None, description="directory of the 16-bit model, where model.target is a checkpoint of int4 weights made of it; "
         "by default model.target"
     )
-    certify_window: Annotated[int, Field(ge=1, le=256)] = Field(
-        16, description="tokens the int4 model writes in a sequence before the 16-bit model checks them in one pass"
+    certify_window: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_WINDOW)] = Field(
+        "auto",
+        description="tokens the int4 model writes in a sequence before the 16-bit model checks them in one pass; auto chooses "
+        "for every sequence what gives most tokens per second, from what both models take and from what stood",
     )
     certify_weights: Literal["device", "host"] = Field(
         "device", description="where the 16-bit model's layers are kept; from the host they come to the device one after the "
@@ -197,9 +200,9 @@ class RunConfig(Section):
             raise ValueError("verification.certify: full has nothing to check with model.quantization: none; leave one out")
         if self.verification.reference is not None and not self.certified:
             raise ValueError("verification.reference is the model that certifies; it needs verification.certify: full")
-        drafts = 0 if self.chosen else self.inner_width if self.certified else self.width
-        window = self.width if self.certified else 0
-        wide, name = max((drafts, "num_speculative_tokens"), (window, "certify_window"))
+        inner, outer = self.inner_width if self.certified else 0, 0 if self.chosen else self.width
+        key = "certify_window" if self.certified else "num_speculative_tokens"
+        wide, name = max((inner, "num_speculative_tokens"), (outer, key))
         if self.engine.max_num_batched_tokens <= wide:
             raise ValueError(
                 f"engine.max_num_batched_tokens must be at least {name} + 1 = {wide + 1}, or no sequence could ever be checked"
@@ -208,8 +211,10 @@ class RunConfig(Section):
 
     @property
     def chosen(self) -> bool:
-        """Whether the coordinator chooses numbers of drafts."""
-        return self.speculation.num_speculative_tokens == "auto" and self.speculation.method != "none" and not self.certified
+        """Whether the coordinator chooses numbers of drafts, or windows."""
+        if self.certified:
+            return self.verification.certify_window == "auto"
+        return self.speculation.num_speculative_tokens == "auto" and self.speculation.method != "none"
 
     @property
     def certified(self) -> bool:
@@ -226,7 +231,8 @@ class RunConfig(Section):
     @property
     def width(self) -> int:
         """The most tokens that one of the verifier's rounds is given to check of one sequence."""
-        return self.verification.certify_window if self.certified else self.speculation.width
+        window = self.verification.certify_window
+        return self.speculation.width if not self.certified else MOST_WINDOW if window == "auto" else window
 
     @property
     def inner_width(self) -> int:

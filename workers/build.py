@@ -73,7 +73,9 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     clock = Clock()
     connected = connect(config, place, device)
     comm = Metered(connected, clock)
-    models = load_models(config, comm, device)
+    # What the ranks exchange while the int4 model writes a window is time spent drafting.
+    inner: Communicator = connected if config.certified else comm
+    models = load_models(config, comm, inner, device)
     verifier = models.verifier
     longest = min(config.engine.max_model_len or verifier.max_model_len, verifier.max_model_len)
     if isinstance(connected, SharedMemory):
@@ -82,18 +84,18 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     cache = KVCache(verifier.cache_shape, num_blocks, config.engine.block_size, verifier.dtype, device)
     budget = config.engine.max_num_batched_tokens
     own = make_drafter(config, models.replica, num_blocks, device)
-    drafter: Drafter = Shared(own, comm, device) if comm.size > 1 and config.speculation.width else own
+    drafter: Drafter = Shared(own, inner, device) if comm.size > 1 and config.speculation.width else own
     grammars = Grammars(lambda: load_tokenizer(config.verifier.target), verifier.vocab_size, verifier.end_tokens)
     resident: Resident | None = None
     if lives_on(device):
-        proposer = make_proposer(config, own, drafter, comm, device)
+        proposer = make_proposer(config, own, drafter, inner, device)
         graphs = Graphs(capture_on(device))
         resident = Resident(
-            models.fast, cache, comm, proposer, graphs, own.lookups + own.chains, config.engine.max_num_seqs, longest, budget
+            models.fast, cache, inner, proposer, graphs, own.lookups + own.chains, config.engine.max_num_seqs, longest, budget
         )
     if config.certified:
-        inner = Engine(models.fast, cache, comm, drafter, budget, Clock(), grammars, resident)
-        drafter = Cascade(inner, drafter, config.inner_width)
+        fast = Engine(models.fast, cache, inner, drafter, budget, Clock(), grammars, resident)
+        drafter = Cascade(fast, drafter, config.inner_width)
         resident = None  # what lives on the device are the int4 model's rounds
     engine = Engine(verifier, cache, comm, drafter, budget, clock, grammars, resident)
     settings = config.model_dump_json(exclude={"files"}) + models.digest

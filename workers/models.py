@@ -44,10 +44,13 @@ class Models:
         return "".join(model.digest for model in (self.verifier, self.cheap, self.replica) if model is not None)
 
 
-def load_models(config: RunConfig, comm: Communicator, device: torch.device) -> Models:
-    """Loads what the configuration names, in step with the other ranks. Raises BuildRefused, ModelError, CannotShard."""
+def load_models(config: RunConfig, comm: Communicator, inner: Communicator, device: torch.device) -> Models:
+    """Loads what the configuration names, in step with the other ranks. Raises BuildRefused, ModelError, CannotShard.
+
+    comm: by which the verifier's ranks exchange; inner: by which those of a model do that it certifies.
+    """
     verifier = load_verifier(config, comm, device)
-    cheap = load_cheap(config, verifier, comm, device) if config.certified else None
+    cheap = load_cheap(config, verifier, inner, device) if config.certified else None
     return Models(verifier, cheap, load_replica(config, device))
 
 
