@@ -26,8 +26,8 @@ from torch import Tensor
 from bench.enlarge import SOURCE, enlarge
 from bench.inprocess import four_cells
 from bench.jobs import ROOT
-from bench.kernels import table
 from bench.shapes import SHAPES
+from bench.tables import table
 from configs.schema import ModelConfig
 from runtime.blocks import blocks_for
 from runtime.comm import Solo

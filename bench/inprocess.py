@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer
 
-from bench.kernels import table
+from bench.tables import table
 from configs.schema import RunConfig
 from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Send, Submit
 from runtime.group import Limits

@@ -6,7 +6,7 @@ Runs in the peer's environment, so it imports nothing but the standard library.
 from __future__ import annotations
 
 import json
-import resource
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -54,5 +54,12 @@ def run(load: Callable[[Job], Generate]) -> None:
     batches = [job.prompts[i : i + job.batch] for i in range(0, len(job.prompts), job.batch)]
     outputs = [output for batch in batches for output in generate(batch, job.max_tokens)]
     seconds = time.perf_counter() - ready
-    peak = sum(1024 * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    Path(sys.argv[2]).write_text(json.dumps(asdict(Result(outputs, seconds, ready - start, peak))))
+    Path(sys.argv[2]).write_text(json.dumps(asdict(Result(outputs, seconds, ready - start, peak_memory(os.getpid())))))
+
+
+def peak_memory(process: int) -> int:
+    """The most bytes that a process had in memory, and its children that still run."""
+    status = Path(f"/proc/{process}/status").read_text()
+    own = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    children = [int(word) for path in Path(f"/proc/{process}/task").glob("*/children") for word in path.read_text().split()]
+    return own + sum(map(peak_memory, children))
