@@ -68,12 +68,14 @@ class ModelConfig(Section):
 class SpeculationConfig(Section):
     """Who proposes tokens, and how many."""
 
-    method: Literal["ngram", "suffix", "model", "none"] = Field(
-        "ngram", description="drafts come from the sequence itself, from all text of the job, from a small model, or not at all"
+    method: Literal["auto", "ngram", "suffix", "model", "none"] = Field(
+        "ngram",
+        description="drafts come from the sequence itself, from all text of the job, from a small model, or not at all; auto "
+        "takes for every sequence what stood most, of the first two and of the third if there is a model",
     )
-    model: str | None = Field(None, description="directory of the draft model, for method: model")
+    model: str | None = Field(None, description="directory of the draft model, for method: model or auto")
     num_speculative_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=MOST_DRAFTS)] = Field(
-        5,
+        "auto",
         description="k: drafts per sequence and round; auto chooses for every sequence what gives most tokens per second, from "
         "what rounds take and from what stood, and none where drafts don't pay",
     )
@@ -200,7 +202,7 @@ class RunConfig(Section):
             raise ValueError("verification.certify: full has nothing to check with model.quantization: none; leave one out")
         if self.verification.reference is not None and not self.certified:
             raise ValueError("verification.reference is the model that certifies; it needs verification.certify: full")
-        inner, outer = self.inner_width if self.certified else 0, 0 if self.chosen else self.width
+        inner, outer = self.inner_width if self.certified else 0, 0 if self.varied else self.width
         key = "certify_window" if self.certified else "num_speculative_tokens"
         wide, name = max((inner, "num_speculative_tokens"), (outer, key))
         if self.engine.max_num_batched_tokens <= wide:
@@ -211,10 +213,17 @@ class RunConfig(Section):
 
     @property
     def chosen(self) -> bool:
-        """Whether the coordinator chooses numbers of drafts, or windows."""
+        """Whether the coordinator chooses, among numbers of drafts, drafters, or windows."""
         if self.certified:
             return self.verification.certify_window == "auto"
-        return self.speculation.num_speculative_tokens == "auto" and self.speculation.method != "none"
+        speculation = self.speculation
+        among = speculation.num_speculative_tokens == "auto" or (speculation.method == "auto" and speculation.model is not None)
+        return among and speculation.width > 0
+
+    @property
+    def varied(self) -> bool:
+        """Whether there is more than one number to choose among."""
+        return (self.verification.certify_window if self.certified else self.speculation.num_speculative_tokens) == "auto"
 
     @property
     def certified(self) -> bool:

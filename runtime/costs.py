@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-WEIGHT = 0.1  # of one round in what its number of rows is believed to cost
-DRIFT = 0.02  # of one round in what all rounds are believed to cost
-FORGOTTEN = 1 / 256  # of what is believed of a number of rows, with every round that has another
+WEIGHT = 0.1  # of one round, at the least, in what its number of rows is believed to cost
+TRIED = 4.0  # rounds that a trial counts for
+DRIFT = 0.05  # of one round without drafts in what all rounds are believed to cost
+FORGOTTEN = 1 / 256  # of what is believed of other numbers of rows, with every round
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class RoundCosts:
     """The table of a group, in use. A table that was measured once knows the shape: which rows are cheap.
 
     Two things are learnt on top: one factor for all rounds, since machines slow down, and one for every number of rows in
-    the table, since requests differ from those that were tried out. The second is forgotten where it isn't confirmed, so
-    that what was dear once is tried again.
+    the table, since requests differ from those that were tried out. The second is forgotten for more rows than there are
+    now, so that what was dear once is tried again.
     """
 
     measured: Costs
@@ -62,11 +63,12 @@ class RoundCosts:
     _rows: Array = field(init=False)
     _table: Array = field(init=False)  # [contexts, rows]
     _factors: Array = field(init=False)  # [rows]
+    _seen: Array = field(init=False)  # [rows], rounds that say so, old ones fading
 
     def __post_init__(self) -> None:
         self._rows = np.array(self.measured.rows, np.float64)
         self._table = np.array(self.measured.seconds, np.float64).reshape(len(self.measured.contexts), -1)
-        self._factors = np.ones_like(self._rows)
+        self._factors, self._seen = np.ones_like(self._rows), np.full_like(self._rows, TRIED)
 
     def seconds(self, rows: Array, context: float) -> Array:
         """Of rounds with these rows, float64 of any shape; never less for more rows. In between and beyond: on a line."""
@@ -80,8 +82,8 @@ class RoundCosts:
         """Of a model that drafts `rows` tokens in `steps` steps."""
         return self.draft_drift * (self.measured.step * steps + self.measured.row * rows)
 
-    def correct(self, effort: Effort, context: float, drafted: float) -> None:
-        """Takes in a round. drafted: seconds that were expected to be spent drafting."""
+    def correct(self, effort: Effort, context: float, drafted: float, plain: bool) -> None:
+        """Takes in a round. drafted: seconds that were expected to be spent drafting. plain: whether it had no drafts."""
         spent = effort.seconds - effort.drafting
         if drafted > 0:
             self.draft_drift *= bounded(effort.drafting / (drafted or 1.0)) ** WEIGHT
@@ -90,8 +92,11 @@ class RoundCosts:
         ratio = bounded(spent / float(self.seconds(np.array(effort.rows), context)))
         places = np.arange(len(self._rows))
         near = np.maximum(0.0, 1 - np.abs(places - np.interp(effort.rows, self._rows, places)))
-        self.drift *= ratio**DRIFT
-        self._factors = self._factors ** (1 - FORGOTTEN * (near == 0)) * ratio ** (WEIGHT * near)
+        if plain:
+            self.drift *= ratio**DRIFT
+        more = FORGOTTEN * ((near == 0) & (self._rows > effort.rows))
+        self._factors = self._factors ** (1 - more) * ratio ** (near * np.maximum(WEIGHT, 1 / (1 + self._seen)))
+        self._seen = self._seen * (1 - FORGOTTEN) + near
 
     def _at(self, context: float) -> Array:
         """Seconds by rows at this context."""

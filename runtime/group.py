@@ -40,7 +40,7 @@ class Limits:
             width=config.width,
             rounds=lease if in_group else 1,
             ahead=1 if in_group else 0,
-            fixed=not config.chosen,
+            fixed=not config.varied,
         )
 
 

@@ -22,7 +22,7 @@ ROWS = (1, 8, 2, 32, 4, 16, 3, 6, 12, 5, 64, 10, 24, 48, 128, 96, 256, 192, 512,
 NEAR, FAR = 32, 1024  # tokens before a round's rows
 STEPS = 4  # of a draft model, in a trial
 SECONDS = 1.0  # after which no other round is tried
-LEAST, PASSES = 3, 5  # numbers of rows in any case; times that each is tried at most
+LEAST, PASSES = 3, 3  # numbers of rows in any case; times that each is tried at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Trial:
     most: int
     longest: int
 
-    def run(self, chain: Drafter | None) -> Costs:
-        """Costs of rounds, and of a model's drafts if `chain` is one."""
+    def run(self, chain: Drafter | None, source: int = 1) -> Costs:
+        """Costs of rounds, and of a model's drafts if there is one, whose source this is."""
         far = min(FAR, self.longest - 1 - self.most // self.seqs, (self.cache.num_blocks - 1) * self.cache.block_size)
         contexts = [NEAR, far] if far > 2 * NEAR else [max(0, min(NEAR, far))]
         taken: dict[tuple[int, int], float] = {}
@@ -58,9 +58,11 @@ class Trial:
                     seconds = self._time(self._round, rows, context)
                     taken[rows, context] = min(seconds, taken.get((rows, context), seconds))
                     spent += seconds
-        step, row = (0.0, 0.0) if chain is None else self._draft(chain)
+        step, row = (0.0, 0.0) if chain is None else self._draft(chain, source)
         tried = sorted({rows for rows, _ in taken})
-        return Costs(tried, contexts, [taken[rows, context] for context in contexts for rows in tried], step, row)
+        # What disturbs a trial makes it slower. So rounds take no longer than those with more rows.
+        least = [min(taken[more, context] for more in tried if more >= rows) for context in contexts for rows in tried]
+        return Costs(tried, contexts, least, step, row)
 
     def _time(self, what: Callable[..., object], *given: object) -> float:
         """Seconds on the slowest rank."""
@@ -75,7 +77,7 @@ class Trial:
         return Sequence(
             index=slot, slot=slot, tokens=[1] * tokens, num_prompt=1, limit=self.longest, ends=frozenset(),
             sampling=Sampling(), num_computed=tokens - 1,
-            blocks=[(slot * blocks + i) % self.cache.num_blocks for i in range(blocks)], allowance=[room],
+            blocks=[(slot * blocks + i) % self.cache.num_blocks for i in range(blocks)],
         )  # fmt: skip
 
     def _round(self, rows: int, context: int) -> None:
@@ -87,11 +89,13 @@ class Trial:
         made = Round(works, slots, np.ones(len(works), np.bool_), counts, drafts, np.ones(len(works), np.int32))
         self.engine.agree(made, self.engine.verify(made))
 
-    def _draft(self, chain: Drafter) -> tuple[float, float]:
+    def _draft(self, chain: Drafter, source: int) -> tuple[float, float]:
         """Seconds of a step, and of every sequence in it."""
         seconds = []
         for number in sorted({1, self.seqs}):
             sequences = [self._sequence(slot, NEAR, STEPS) for slot in range(number)]
+            for sequence in sequences:
+                sequence.allowance = [STEPS] * source
             works = [Work(sequence, NEAR - 1, 1, STEPS, True) for sequence in sequences]
             chain.propose(works)  # computes what lies before
             seconds.append(min(self._time(chain.propose, works) for _ in range(2)) / STEPS)

@@ -13,7 +13,8 @@ from runtime.costs import Effort, RoundCosts
 from runtime.sequence import Sequence
 from runtime.verify import Decision, Ints
 
-PROBING = 0.01  # of the time may go into drafts that are not expected to pay
+PROBING = 0.01  # of the time may go into drafts that are not expected to pay; half as much into having none
+ROW = 0.01  # of a round that one more draft of every sequence is taken to cost in any case: tables are not that exact
 
 
 @dataclass(slots=True)
@@ -24,8 +25,9 @@ class Tuner:
     there is one more, a model, which drafts where no match does. even: whether all sequences pay for the longest draft.
     fixed: the one number of drafts there is a choice of.
 
-    Where nothing is drafted, nothing is learnt. So a source that is not worth its time gets a single draft of a single
-    sequence now and then, and what that costs is bounded by PROBING.
+    Where nothing is drafted, nothing is learnt of drafts, and where always something is, nothing of rounds without. So a
+    source that is not worth its time gets a single draft of a single sequence now and then, and now and then nobody gets any.
+    What that costs is bounded by PROBING.
     """
 
     costs: RoundCosts
@@ -35,7 +37,8 @@ class Tuner:
     chains: bool
     even: bool = False
     fixed: int | None = None
-    _credit: float = 0.0
+    _credit: float = 0.0  # for single drafts, in plans
+    _rest: float = 0.0  # for plans without any
     _probes: int = 0
     _chained: NDArray[np.bool_] = field(init=False)  # [sources]
 
@@ -53,10 +56,12 @@ class Tuner:
             shares[:, -1] = 1 - shares[:, :-1].sum(1)
         context = sum(s.num_committed for s in sequences) / max(1, len(sequences))
 
-        def seconds(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-            return self.costs.seconds(rows, context)
-
         number, many = len(slots), stands.shape[1]
+        least = ROW * float(self.costs.seconds(np.array(float(number)), context)) / number
+
+        def seconds(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+            return self.costs.seconds(rows, context) + least * (rows - number)
+
         if self.fixed is None:
             best = (allocate_evenly if self.even else allocate)(
                 stands.reshape(number * many, -1), shares.ravel(), np.tile(self._chained, number), number, number, seconds,
@@ -64,16 +69,16 @@ class Tuner:
             )  # fmt: skip
         else:
             full = np.full(number * many, self.fixed)
-            rows = np.array([number + float(shares.sum()) * self.fixed])
             tokens = number + float((shares * stands[..., : self.fixed].sum(2)).sum())
-            best = Allocation(full, tokens, float(seconds(rows)[0]))
+            taken = seconds(np.array([number + float(shares.sum()) * self.fixed]))
+            best = Allocation(full, tokens, float(taken[0]))
         counts = best.counts.reshape(number, many)
         rows = number + (shares * counts).sum()
         more = float(np.diff(seconds(np.array([rows, rows + 1])))[0])
         if self.chains and self.lookups:
             self._prefer(counts, stands, best, more)
         if self.fixed is None:
-            self._probe(counts, shares, best, more)
+            self._probe(counts, shares, best, more, float(seconds(np.array(float(number)))))
         chosen: list[list[int]] = counts.tolist()
         return [*chosen[: len(sequences)], chosen[-1]]
 
@@ -89,8 +94,18 @@ class Tuner:
         worth = reached - best.tokens / best.seconds * spent
         counts[:, :-1] *= worth[:, :-1] >= worth[:, -1:]
 
-    def _probe(self, counts: NDArray[np.int64], shares: NDArray[np.float64], best: Allocation, row: float) -> None:
-        """Gives one that has no drafts a single one, each in its turn, as soon as there has been enough time without."""
+    def _probe(
+        self, counts: NDArray[np.int64], shares: NDArray[np.float64], best: Allocation, row: float, plain: float
+    ) -> None:
+        """Gives one that has no drafts a single one, each in its turn, or takes all away, as soon as that is
+        affordable. row: seconds of one more; plain: of a round without drafts."""
+        self._rest = min(1.0, self._rest + PROBING / 2) if counts.any() else 0.0
+        # The share of tokens that are not decided meanwhile; and some, or what hardly pays would never be had.
+        price = max(10 * PROBING, 1 - len(counts) / plain * best.seconds / best.tokens)
+        if counts.any() and price <= self._rest:
+            self._rest -= price
+            counts[:] = 0
+            return
         idle = np.argwhere((counts == 0) & (shares > 0))
         if not len(idle) or self.width == 0:
             return
@@ -118,4 +133,4 @@ class Tuner:
         chains = decision.num_drafts[sources > self.lookups]
         drafted = self.costs.drafting(np.array(float(chains.max(initial=0))), np.array(float(chains.sum())))
         context = sum(s.num_committed for s in known.values()) / len(known)
-        self.costs.correct(effort, context, float(drafted))
+        self.costs.correct(effort, context, float(drafted), not decision.num_drafts.any())

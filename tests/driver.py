@@ -50,8 +50,9 @@ def load_once(config: ModelConfig, comm: Communicator, device: torch.device, vis
 
 
 def demo_config(*overrides: str) -> RunConfig:
-    """The demo's configuration for one rank, in its own process."""
-    return load(DEMO, ["parallel.tensor=1", "engine.threads=1", "engine.device=cpu", *overrides])
+    """The demo's configuration for one rank, in its own process, with a fixed number of drafts."""
+    fixed = ["parallel.tensor=1", "engine.threads=1", "engine.device=cpu", "speculation.num_speculative_tokens=5"]
+    return load(DEMO, [*fixed, *overrides])
 
 
 @dataclass(frozen=True, slots=True)

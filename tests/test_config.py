@@ -110,7 +110,7 @@ def test_table_says_what_a_key_takes() -> None:
     rows = {line.split("`")[1]: line for line in table().splitlines()[2:]}
     assert "| text | needed |" in rows["model.target"]
     assert "| `int4`, `none` | `int4` |" in rows["model.quantization"]
-    assert "| `auto` or whole number, 0 to 32 | `5` |" in rows["speculation.num_speculative_tokens"]
+    assert "| `auto` or whole number, 0 to 32 | `auto` |" in rows["speculation.num_speculative_tokens"]
     assert "| bytes, such as `40GiB` | - |" in rows["engine.kv_cache_memory"]
     assert "| `true`, `false` | `true` |" in rows["model.symmetric"]
     assert "| number > 0 | `20.0` |" in rows["coordination.timeout"]

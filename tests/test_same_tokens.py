@@ -104,7 +104,8 @@ SETTINGS = {
     "model": ["speculation.method=model", "speculation.num_speculative_tokens=4"],
     "k=1": ["speculation.num_speculative_tokens=1"],
     "k=0": ["speculation.num_speculative_tokens=0"],
-    "auto": ["speculation.method=suffix", "speculation.num_speculative_tokens=auto"],
+    "auto": ["speculation.method=auto", "speculation.num_speculative_tokens=auto"],
+    "auto, coordinator merges": ["speculation.num_speculative_tokens=auto", "coordination.merge=coordinator"],
     "one at a time": ["engine.max_num_seqs=1"],
     "coordinator merges": ["coordination.merge=coordinator", "speculation.method=model"],
     "lease of 1": ["coordination.lease=1"],
@@ -140,6 +141,8 @@ def check(name: str, seed: int, quantization: str, dtype: str, size: int = 1) ->
     expected = plain(seed, quantization, dtype, size)
     assert {index: outcome(completion) for index, completion in job.completions.items()} == expected
     assert all(group.pool.num_free == group.pool.size for group in job.machine._ready.values())
+    if "auto" in name:
+        assert len(set(job.machine.stats.drafted)) > 1, "numbers of drafts did not vary"
     if "small cache" in name:
         assert job.admissions > NUM_REQUESTS, "the cache was large enough after all"
 

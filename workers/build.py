@@ -23,6 +23,7 @@ from runtime.comm import Communicator, SharedMemory, Solo, TorchGroup
 from runtime.costs import Costs
 from runtime.drafting.cascade import Cascade
 from runtime.drafting.drafter import Drafter, NgramDrafter, NoDrafter, SuffixDrafter
+from runtime.drafting.either import Either
 from runtime.drafting.model import ModelDrafter
 from runtime.drafting.resident import Given, Lookup, Proposer, Replica
 from runtime.drafting.shared import Shared
@@ -111,16 +112,21 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
         lookups=drafter.lookups,
         chains=drafter.chains,
         even=resident is not None,
-        costs=try_out(config, engine, cache, comm, drafter, longest) if config.chosen else None,
+        costs=try_out(config, engine, cache, comm, own, drafter, longest) if config.chosen else None,
     )
     return engine, hello
 
 
-def try_out(config: RunConfig, engine: Engine, cache: KVCache, comm: Communicator, drafter: Drafter, longest: int) -> Costs:
+def try_out(
+    config: RunConfig, engine: Engine, cache: KVCache, comm: Communicator, own: Drafter, drafter: Drafter, longest: int
+) -> Costs:
     """What rounds take, for whoever chooses numbers of drafts."""
     seqs = config.engine.max_num_seqs
     most = min(config.engine.max_num_batched_tokens, seqs * (config.width + 1))
-    return Trial(engine, cache, comm, seqs, most, longest).run(drafter if drafter.chains else None)
+    trial = Trial(engine, cache, comm, seqs, most, longest)
+    if isinstance(own, Either) and not config.certified:  # of the two, it is the model whose time counts
+        return trial.run(Shared(own.chain, comm, cache.device), own.chain.source)
+    return trial.run(drafter if drafter.chains else None)
 
 
 def fingerprint(config: RunConfig, verifier: Model, longest: int, ranks: int, device: torch.device) -> str:
@@ -216,10 +222,13 @@ def make_drafter(config: RunConfig, replica: Model | None, num_blocks: int, devi
     shortest, longest = speculation.prompt_lookup_min, speculation.prompt_lookup_max
     if speculation.width == 0:
         return NoDrafter()
-    if replica is not None:
-        cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, replica.dtype, device)
+    lookup = (NgramDrafter if speculation.method == "ngram" else SuffixDrafter)(shortest, longest)
+    if replica is None:
+        return lookup
+    cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, replica.dtype, device)
+    if speculation.method == "model":
         return ModelDrafter(replica, cache, engine.max_num_batched_tokens)
-    return (SuffixDrafter if speculation.method == "suffix" else NgramDrafter)(shortest, longest)
+    return Either(lookup, ModelDrafter(replica, cache, engine.max_num_batched_tokens, lookup.lookups + 1))
 
 
 def lives_on(device: torch.device) -> bool:
@@ -236,6 +245,6 @@ def make_proposer(
         return None
     if isinstance(own, ModelDrafter):
         return Replica(own, comm)
-    if isinstance(own, SuffixDrafter):
+    if isinstance(own, SuffixDrafter | Either):
         return Given(shared, config.engine.max_num_seqs + comm.size, speculation.width, device)
     return Lookup(speculation.prompt_lookup_min, speculation.prompt_lookup_max)

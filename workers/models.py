@@ -82,9 +82,9 @@ def load_cheap(config: RunConfig, verifier: Model, comm: Communicator, device: t
 
 
 def load_replica(config: RunConfig, device: torch.device) -> Model | None:
-    """The draft model, whole and unquantised, for method: model."""
+    """The draft model, whole and unquantised, for the methods that use one."""
     directory = config.speculation.model
-    if config.speculation.method != "model" or directory is None or config.speculation.width == 0:
+    if config.speculation.method not in ("auto", "model") or directory is None or config.speculation.width == 0:
         return None
     check_same_words("speculation.model", Path(directory), Path(config.verifier.target))
     draft_config = config.model.model_copy(update={"target": directory, "quantization": "none"})

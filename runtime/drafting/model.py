@@ -24,7 +24,8 @@ class ModelDrafter:
 
     lookups, chains = 0, True
 
-    def __init__(self, model: Model, cache: KVCache, budget: int) -> None:
+    def __init__(self, model: Model, cache: KVCache, budget: int, source: int = 1) -> None:
+        self.source = source
         self.model = model
         self.cache = cache
         self._budget = budget
@@ -32,7 +33,7 @@ class ModelDrafter:
 
     def propose(self, works: list[Work]) -> list[Draft]:
         chains: list[list[int]] = [[] for _ in works]
-        active = [i for i, work in enumerate(works) if work.most(1) > 0]
+        active = [i for i, work in enumerate(works) if work.most(self.source) > 0]
         self._catch_up([works[i].sequence for i in active])
         while active:
             pieces, checks = [], []
@@ -44,12 +45,12 @@ class ModelDrafter:
             batch = Batch.build(pieces, self.cache.block_size, self.cache.device)
             for i, token in zip(active, self._sample(checks, batch), strict=True):
                 chains[i].append(token)
-            active = [i for i in active if len(chains[i]) < works[i].most(1)]
+            active = [i for i in active if len(chains[i]) < works[i].most(self.source)]
         for work, chain in zip(works, chains, strict=True):
             if chain:
                 # All but the last draft are in the cache; those that will not stand are overwritten.
                 self._computed[work.sequence.slot] = work.sequence.num_committed + len(chain) - 1
-        return [Draft(chain, int(len(chain) > 0)) for chain in chains]
+        return [Draft(chain, self.source if chain else 0) for chain in chains]
 
     def rewind(self, sequence: Sequence) -> None:
         self._computed[sequence.slot] = self._start(sequence)
