@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 WEIGHT = 0.1  # of one round, at the least, in what its number of rows is believed to cost
 TRIED = 4.0  # rounds that a trial counts for
 DRIFT = 0.05  # of one round without drafts in what all rounds are believed to cost
-FORGOTTEN = 1 / 256  # of what is believed of other numbers of rows, with every round
+FORGOTTEN = 1 / 1024  # of what is believed of other numbers of rows, with every round
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def test_what_is_not_confirmed_is_forgotten() -> None:
     for _ in range(40):
         one.correct(Effort(32.0, 0.0, 8), 10, 0.0, False)
     dear = one.seconds(np.array([8.0]), 10)[0] / one.seconds(np.array([1.0]), 10)[0]
-    for _ in range(1500):
+    for _ in range(6000):
         one.correct(Effort(1.0, 0.0, 1), 10, 0.0, True)
     assert one.seconds(np.array([8.0]), 10)[0] / one.seconds(np.array([1.0]), 10)[0] < 9 < dear
 
