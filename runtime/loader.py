@@ -28,7 +28,7 @@ from runtime.linear import (
     Stacked,
     VocabEmbedding,
 )  # fmt: skip
-from runtime.quantize.int4 import Int4Weight, merge, quantize
+from runtime.quantize.int4 import Int4Weight, merge
 from runtime.quantize.int8 import Int8Weight
 from runtime.quantize.int8 import quantize as quantize_int8
 from runtime.quantize.schemes import Scheme
@@ -158,7 +158,8 @@ class Loader:
         # Rounded from the file's own values, not from a narrower dtype.
         weight = self.checkpoint.read(name, rows, columns).to(self.device)
         try:
-            return quantize(weight, self.config.group_size, self.config.symmetric)
+            four: Int4Weight = self.kernels.quantize_int4(weight, self.config.group_size, self.config.symmetric)
+            return four
         except ValueError as error:
             raise ModelError(
                 f"{name} cannot be quantised: {error}; use another model.group_size, or quantization: none"

@@ -72,6 +72,27 @@ def specified_int4(x: Tensor, weight: Int4Weight) -> Tensor:
     return out.to(x.dtype)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_module_rounds_to_the_same_bits(module: ModuleType, symmetric: bool, seed: int) -> None:
+    """Any dtype, any group, slices of a wider weight, groups of nothing; what isn't finite is refused."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(20):
+        size, outputs = rng.choice([8, 24, 32, 40, 64, 128, 136]), rng.randint(1, 40)
+        inputs = size * rng.randint(1, 5)
+        wide = torch.randn(outputs, inputs + 2 * size) * 10 ** torch.empty(outputs, 1).uniform_(-6, 4)
+        weight = wide.to(rng.choice([*DTYPES, torch.float64]))[:, size : size + inputs]
+        weight[rng.randrange(outputs), :size] = rng.choice([0.0, 1e-38, -1.0])
+        found, wanted = module.quantize_int4(weight, size, symmetric), int4.quantize(weight, size, symmetric)
+        for name in ("codes", "scale", "zero"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), (name, weight.dtype, size)
+        weight[rng.randrange(outputs), rng.randrange(inputs)] = rng.choice([float("nan"), float("inf"), -float("inf")])
+        with pytest.raises(ValueError, match="finite"):
+            module.quantize_int4(weight, size, symmetric)
+    with pytest.raises(ValueError, match="groups of 48"):
+        module.quantize_int4(torch.zeros(4, 64), 48, symmetric)
+
+
 def test_int4_with_int8_activations_is_its_specification(module: ModuleType, seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)

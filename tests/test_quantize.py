@@ -17,7 +17,7 @@ from runtime.comm import Solo
 from runtime.quantize import stream
 from runtime.quantize.awq import clipped, search_scale
 from runtime.quantize.folding import find_producer
-from runtime.quantize.gptq import NotFactored, gptq
+from runtime.quantize.gptq import NotFactored, compensated, gptq
 from runtime.quantize.grid import error_under, fit, rounded
 from runtime.quantize.int4 import quantize
 from runtime.quantize.layer import METHODS, Recipe, collect, survey
@@ -79,6 +79,22 @@ def test_gptq_is_its_definition(seed: int) -> None:
     assert float((left - made.dequantize().double()).abs().gt(1e-3).double().mean()) < 0.02
 
 
+def test_a_compensated_weight_mends_what_came_before(seed: int) -> None:
+    """Of all weights it is the nearest in what comes out, up to damping; inputs that are as they should be change nothing."""
+    torch.manual_seed(seed)
+    true, weight = correlated(96), torch.randn(10, 96)
+    x = true + 0.2 * true.std(0) * torch.randn_like(true) + 0.2 * true.roll(1, 1)
+    moments, cross = x.t() @ x / len(x), true.t() @ x / len(x)
+    made = compensated(weight, moments, cross, 1e-7)
+    best = torch.linalg.lstsq(x.double(), true.double() @ weight.double().t()).solution.t()
+    torch.testing.assert_close(made.double(), best, rtol=1e-2, atol=1e-2)
+    left = [float((x @ w.t() - true @ weight.t()).square().sum()) for w in (weight, compensated(weight, moments, cross))]
+    assert left[1] < 0.8 * left[0]
+    assert torch.equal(compensated(weight, moments, moments), weight)
+    with pytest.raises(NotFactored):
+        compensated(weight, torch.full((96, 96), float("nan")), cross)
+
+
 def test_moments_that_are_degenerate(seed: int) -> None:
     torch.manual_seed(seed)
     weight = torch.randn(8, 64)
@@ -127,14 +143,15 @@ class Layer(nn.Module):
 def test_where_a_scale_can_be_taken_back_is_found(seed: int) -> None:
     torch.manual_seed(seed)
     layer, x = Layer().requires_grad_(False), torch.randn(1, 20, 64)
-    stages = survey(layer, lambda: layer(x))
+    stages = survey(layer, lambda layer: layer(x))
     assert [stage.paths for stage in stages] == [["a", "b"], ["c"]]
     before = [p.clone() for p in layer.parameters()]
     assert find_producer(stages[0].before, [layer.a, layer.b], lambda: layer(x)) is layer.norm
     assert find_producer(stages[1].before, [layer.c], lambda: layer(x)) is layer.b  # not a, behind the SiLU
     assert find_producer(stages[0].before, [layer.a], lambda: layer(x)) is None  # b reads the norm too
     assert all(torch.equal(p, q) for p, q in zip(before, layer.parameters(), strict=True))
-    found = collect({"a": layer.a}, ["a"], [lambda: layer(x), lambda: layer(-x)])["a"]
+    runs = [lambda layer: layer(x), lambda layer: layer(-x)]
+    found = collect(layer, layer, ["a"], runs, runs)["a"]
     rows = torch.cat([layer.norm(x), layer.norm(-x)]).view(-1, 64)
     torch.testing.assert_close(found.second, rows.t() @ rows / 40)
     torch.testing.assert_close(found.magnitude, rows.abs().mean(0))

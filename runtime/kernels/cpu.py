@@ -5,6 +5,7 @@ from torch import Tensor
 
 from runtime.kernels import reference
 from runtime.kernels.arguments import (
+    FLOATS,
     check_attention,
     check_best,
     check_dense,
@@ -19,7 +20,7 @@ from runtime.kernels.arguments import (
 from runtime.kernels.build import load_extension
 from runtime.kernels.packed import PackedInt4, PackedInt8, narrow_scale
 from runtime.noise import SPREAD
-from runtime.quantize.int4 import MIDDLE, Int4Weight
+from runtime.quantize.int4 import MIDDLE, NOT_FINITE, Int4Weight
 from runtime.quantize.int8 import Int8Weight
 
 TILE = 16  # outputs that lie side by side in a packed weight
@@ -56,14 +57,21 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
+def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> Int4Weight:
+    if weight.dtype not in FLOATS or weight.shape[1] % group_size:
+        return reference.quantize_int4(weight, group_size, symmetric)
+    codes, scale, zero, finite = _ops.quantize_int4(weight if weight.stride(1) == 1 else weight.contiguous(), group_size, symmetric)
+    if not finite:
+        raise ValueError(NOT_FINITE)
+    return Int4Weight(codes, scale, zero, group_size)
+
+
 def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
     check_pack(weight, activations)
     outputs, inputs = weight.codes.shape
-    codes = _tiled(weight.codes)  # [tiles, 16, K]
-    codes = codes.view(len(codes), TILE, inputs // 8, 2, 4).permute(0, 2, 3, 1, 4)
     symmetric = bool((weight.zero == MIDDLE).all())
     return PackedInt4(
-        codes=(codes[:, :, 0] | codes[:, :, 1] << 4).contiguous(),
+        codes=_ops.tile_int4(weight.codes.contiguous()),
         scale=narrow_scale(_tiled(weight.scale).transpose(1, 2).contiguous()),
         zero=None if symmetric else _tiled(weight.zero).transpose(1, 2).contiguous(),
         out_features=outputs,

@@ -20,12 +20,12 @@ from runtime.kernels.packed import PackedInt4, PackedInt8
 from runtime.kernels.reference_layer import gated, rms_norm, rotary_write, write_cache
 from runtime.kernels.rows import MOST, decode, scaled
 from runtime.noise import SPREAD, gumbel
-from runtime.quantize.int4 import Int4Weight
+from runtime.quantize.int4 import Int4Weight, quantize
 from runtime.quantize.int8 import Int8Weight
 
 __all__ = [
     "best_tokens", "dense_linear", "gated", "head_best", "int4_linear", "int8_linear", "pack_int4", "pack_int8",
-    "paged_attention", "rms_norm", "rotary_write", "write_cache",
+    "paged_attention", "quantize_int4", "rms_norm", "rotary_write", "write_cache",
 ]  # fmt: skip
 
 # Rows that a dense product computes at a time, always exactly so many. Libraries choose their kernel, and with it the
@@ -75,6 +75,11 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     if count <= chunk:
         return torch.nn.functional.linear(x, weight)[:count]
     return torch.cat([torch.nn.functional.linear(rows, weight) for rows in x.split(chunk)])[:count]
+
+
+def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> Int4Weight:
+    """Rounds a weight [N, K] to the nearest codes: `runtime.quantize.int4.quantize`, whose bits every module gives."""
+    return quantize(weight, group_size, symmetric)
 
 
 def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:

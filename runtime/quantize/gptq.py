@@ -64,8 +64,26 @@ def gptq(
     return rounded(made[:, torch.argsort(order)], scale, zero, group_size)
 
 
+def compensated(weight: Tensor, moments: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:
+    """The weight [N, K] that makes of the inputs as they have become what `weight` makes of them as they should be.
+
+    moments: [K, K] float32, the mean of x x^T of the inputs as they are; cross: the mean of y x^T, y being what they would
+    be had nothing before them been rounded. Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric
+    Calibration", ICML 2025, arXiv 2504.02692, minimise the same error column by column; here it is the least squares of the
+    whole weight, damped towards no change. Raises NotFactored.
+    """
+    lower = _damped(moments, damping)
+    shift = torch.cholesky_solve((cross - moments).t().double(), lower).t()
+    return weight + (weight.double() @ shift).float()
+
+
 def _factor(moments: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor [K, K] float32 of the damped moments' inverse; damping grows tenfold where it must."""
+    """The upper Cholesky factor [K, K] float32 of the damped moments' inverse."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(_damped(moments, damping)), upper=True).float()
+
+
+def _damped(moments: Tensor, damping: float) -> Tensor:
+    """The lower Cholesky factor [K, K] float64 of the damped moments; damping grows tenfold where it must."""
     wide = moments.double()
     mean = wide.diagonal().mean()
     if not bool(torch.isfinite(wide).all()):
@@ -74,5 +92,6 @@ def _factor(moments: Tensor, damping: float) -> Tensor:
         damped = wide + torch.eye(len(wide), dtype=wide.dtype, device=wide.device) * (strength * mean)
         lower, bad = torch.linalg.cholesky_ex(damped)
         if not bad:
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+            factor: Tensor = lower
+            return factor
     raise NotFactored("the moments of a linear's inputs have no Cholesky factor")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 MIDDLE = 8  # the code that means zero in a symmetric group
+NOT_FINITE = "a weight that isn't finite cannot be quantised"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def quantize(weight: Tensor, group_size: int, symmetric: bool) -> Int4Weight:
         raise ValueError(f"{inputs} inputs don't divide into groups of {group_size}")
     group = weight.detach().float().reshape(outputs, inputs // group_size, group_size)
     if not torch.isfinite(group).all():
-        raise ValueError("a weight that isn't finite cannot be quantised")
+        raise ValueError(NOT_FINITE)
     if symmetric:
         zero = torch.full(group.shape[:2], MIDDLE, dtype=torch.uint8, device=weight.device)
         scale, codes = _symmetric(group)

@@ -1,7 +1,7 @@
 """A whole model into four bits, one layer in memory at a time; what is finished stays finished.
 
-The architecture runs once, with all of calibration as one batch, and at each layer stops to load, round and write it.
-So layers get from transformers exactly the arguments they always get, and nothing here knows their names.
+The architecture runs once, with all of calibration twice in one batch - as full precision has it and as four bits have
+it - and at each layer stops to load, round and write it. So layers get from transformers exactly the arguments they always get, and nothing here knows their names.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def quantize_model(
 ) -> None:  # fmt: skip
     """Reads the model directory `source` and writes `output`, a model directory in `pack-quantized` format.
 
-    windows: calibration, token ids int64 [S, T]; none for rtn. It keeps S * T hidden states in float32, and one layer.
+    windows: calibration, token ids int64 [S, T]; none for rtn. It keeps 2 S * T hidden states in float32, and one layer
+    in full precision and in four bits.
     on_layer: called with the layers done and all of them. Run again, it goes on where it stopped. Raises ModelError;
     OSError where the output cannot be written.
     """
@@ -87,7 +88,8 @@ class _Writer:
         real = list(self.layers)
         if self.recipe.method == "rtn" or windows is None:
             for index in range(len(real)):
-                self.step(index, real[index], [])
+                self.load(real[index], index)
+                self.step(index, real[index], [], [])
                 real[index].to("meta")
             return
         for owner in self.module.modules():
@@ -99,19 +101,28 @@ class _Writer:
         for index, layer in enumerate(real):
             self.layers[index] = _Step(index, layer, self)
         try:
-            self.module.base_model(input_ids=windows.to(self.device), use_cache=False)
+            self.module.base_model(input_ids=windows.repeat(2, 1).to(self.device), use_cache=False)
         except _Done:
             pass
         finally:
             for index, layer in enumerate(real):
                 self.layers[index] = layer
 
-    def step(self, index: int, layer: nn.Module, runs: list[Run]) -> None:
-        """Leaves the layer as four bits make it, its file written."""
-        path = self.output / self.file(index)
+    def names(self, layer: nn.Module, index: int) -> dict[str, str]:
+        """A layer's tensors: names within it, and in the checkpoint."""
         prefix = f"{self.prefix}.{index}."
         names = {name: f"{prefix}{name}" for name, _ in layer.named_parameters()}
-        names |= {name: f"{prefix}{name}" for name in layer.state_dict() if f"{prefix}{name}" in self.checkpoint.shapes}
+        return names | {name: f"{prefix}{name}" for name in layer.state_dict() if f"{prefix}{name}" in self.checkpoint.shapes}
+
+    def load(self, layer: nn.Module, index: int) -> None:
+        """Gives the layer its weights in full precision."""
+        for name, full in self.names(layer, index).items():
+            _put(layer, name, self._read(full))
+
+    def step(self, index: int, layer: nn.Module, runs: list[Run], plain: list[Run]) -> None:
+        """Leaves a loaded layer as four bits make it, its file written."""
+        path = self.output / self.file(index)
+        names = self.names(layer, index)
         if path.exists():
             tensors = load_file(path)
             for name, full in names.items():
@@ -119,11 +130,10 @@ class _Writer:
                 value = expanded(linear, tensors, self.recipe.group_size) if linear in self.packed else tensors[full].float()
                 _put(layer, name, value.to(self.device))
         else:
-            for name, full in names.items():
-                _put(layer, name, self._read(full))
+            prefix = f"{self.prefix}.{index}."
             dtype = DTYPES[self.checkpoint.dtypes[next(iter(names.values()))]]
             try:
-                made = quantize_layer(layer, runs, self.recipe, dtype)
+                made = quantize_layer(layer, runs, plain, self.recipe, dtype)
             except ValueError as error:
                 raise ModelError(f"{prefix[:-1]} cannot be quantised: {error}; try another --group-size") from error
             tensors = {}
@@ -180,18 +190,24 @@ class _Step(nn.Module):
             return getattr(self.__dict__["_held"][0], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden: [2 S, T, W], of S windows in full precision, then of the same in four bits."""
         layer, count = self._held[0], len(hidden)
 
-        def run(row: int) -> Tensor:
+        def run(row: int, layer: nn.Module) -> Tensor:
             out = layer(hidden[row : row + 1], *_of_row(args, row, count), **_of_row(kwargs, row, count))
             return out[0] if isinstance(out, tuple) else out
 
-        self._writer.step(self._index, layer, [partial(run, row) for row in range(count)])
-        if self._index + 1 == len(self._writer.layers):
+        runs = [partial(run, row) for row in range(count)]
+        plain, rounded = runs[: count // 2], runs[count // 2 :]
+        self._writer.load(layer, self._index)
+        last = self._index + 1 == len(self._writer.layers)
+        out = [] if last else [run(layer) for run in plain]
+        self._writer.step(self._index, layer, rounded, plain)
+        if last:
             raise _Done
-        out = torch.cat([run(row) for row in range(count)])
+        out += [run(layer) for run in rounded]
         layer.to("meta")
-        return out
+        return torch.cat(out)
 
 
 def _of_row(value: Any, row: int, count: int) -> Any:
