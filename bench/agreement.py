@@ -71,7 +71,8 @@ def main() -> None:
     for temperature in (0.0, 0.8):
         asked, texts = requests(temperature, given.max_tokens), set[tuple[tuple[int, ...], ...]]()
         for window in given.windows:
-            config = demo_config("verification.certify=full", f"verification.certify_window={window}")
+            certified = ("verification.certify=full", "verification.reference=configs/demo/target")
+            config = demo_config(*certified, f"verification.certify_window={window}")
             made = []
             for kind in (cascade.Cascade, Apart):
                 with mock.patch("workers.build.Cascade", kind):

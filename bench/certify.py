@@ -14,10 +14,11 @@ from pathlib import Path
 from bench.jobs import ROOT, Outcome, run_job
 
 CONFIG = "configs/demo/demo.yaml"
-WIDE = {"model.quantization": "none"}
+REFERENCE = "configs/demo/target"
+WIDE = {"model.target": REFERENCE, "model.quantization": "none"}
 CELLS: dict[str, dict[str, str]] = {  # the last is what all are compared with
     "int4 with speculation": {},
-    "int4 with speculation, certified": {"verification.certify": "full"},
+    "int4 with speculation, certified": {"verification.certify": "full", "verification.reference": REFERENCE},
     "16-bit with speculation": WIDE,
     "16-bit": WIDE | {"speculation.method": "none"},
 }

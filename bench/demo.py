@@ -18,7 +18,8 @@ from rich.table import Table
 from bench.jobs import ROOT, Outcome, run_job
 
 CONFIG = "configs/demo/demo.yaml"
-PLAIN, WIDE = {"speculation.method": "none"}, {"model.quantization": "none"}
+PLAIN = {"speculation.method": "none"}
+WIDE = {"model.target": "configs/demo/target", "model.quantization": "none"}  # what the int4 checkpoint was made of
 CELLS: dict[str, dict[str, str]] = {  # name -> what it changes in the configuration; the first is the configuration itself
     "int4 + speculation": {},
     "int4": PLAIN,

@@ -54,6 +54,7 @@ CARD = f"""# Demo models
 Two Qwen3-architecture models of Python code, small enough to run anywhere: `target`, and `draft`, which proposes
 tokens for it. They share a byte-level BPE tokenizer of {VOCABULARY} words and no beginning-of-text token. They continue
 code and follow no instructions; trained on windows of {WINDOW} tokens, they are of little use beyond that length.
+`target-int4` is the target in four bits, as `python -m bench.demo_int4` makes it.
 
 | model | parameters | tokens seen | epochs | minutes | held-out nats/token | held-out bits/byte |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |

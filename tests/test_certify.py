@@ -29,6 +29,8 @@ from workers.models import BuildRefused
 COUNT, LONG = 120, 4
 SOME = 40  # of them for several ranks, which are threads here and wait for each other
 FULL = "verification.certify=full"
+WIDE = ("model.target=configs/demo/target", "model.quantization=none")
+CERTIFIED = (FULL, "verification.reference=configs/demo/target")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def answers(job: Outcome) -> dict[int, tuple[Any, ...]]:
 @cache
 def alone(seed: int, size: int) -> dict[int, tuple[Any, ...]]:
     """What the 16-bit model gives without any speculation."""
-    return answers(run(demo_config("model.quantization=none", "speculation.method=none"), asked(seed, size), size))
+    return answers(run(demo_config(*WIDE, "speculation.method=none"), asked(seed, size), size))
 
 
 SETTINGS = {
@@ -92,7 +94,7 @@ SETTINGS = {
 )
 def test_it_is_what_the_16_bit_model_gives(name: str, size: int, seed: int) -> None:
     small = 240 * 2 * 4 * 4 * 64 * 2 // size  # bytes of 240 tokens: keys and values, layers, KV heads, head_dim
-    job = run(demo_config(FULL, *(setting.format(small=small) for setting in SETTINGS[name])), asked(seed, size), size)
+    job = run(demo_config(*CERTIFIED, *(setting.format(small=small) for setting in SETTINGS[name])), asked(seed, size), size)
     assert answers(job) == alone(seed, size)
     assert all(group.pool.num_free == group.pool.size for group in job.machine._ready.values())
     assert job.machine.stats.num_accepted > 0, "no token of the int4 model stood"
@@ -101,14 +103,14 @@ def test_it_is_what_the_16_bit_model_gives(name: str, size: int, seed: int) -> N
 
 
 def test_windows_are_chosen_from_what_both_models_take() -> None:
-    (_, _, hello) = start_ranks(demo_config(FULL), 1)[0]
+    (_, _, hello) = start_ranks(demo_config(*CERTIFIED), 1)[0]
     assert hello.costs is not None and min(hello.costs.seconds) > 0 and hello.costs.step > 0
-    assert start_ranks(demo_config(FULL, "verification.certify_window=4"), 1)[0][2].costs is None
+    assert start_ranks(demo_config(*CERTIFIED, "verification.certify_window=4"), 1)[0][2].costs is None
 
 
 def test_the_int4_model_may_live_on_the_device(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.build.lives_on", lambda device: True)
-    assert answers(run(demo_config(FULL, "verification.certify_window=9"), requests(seed))) == alone(seed, 1)
+    assert answers(run(demo_config(*CERTIFIED, "verification.certify_window=9"), requests(seed))) == alone(seed, 1)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -131,8 +133,8 @@ def test_certified_rows_bear_the_fingerprint_of_the_16_bit_model_even_after_a_ki
     prompts = write_requests(tmp_path / "in.jsonl", 6)
     plain, certified = tmp_path / "plain", tmp_path / "certified"
     plain.mkdir(), certified.mkdir()
-    expected = run_job("python", 1, plain, "parallel.tensor=1", "model.quantization=none", prompts=prompts)
-    words = ["parallel.tensor=1", FULL, "engine.max_num_seqs=2"]
+    expected = run_job("python", 1, plain, "parallel.tensor=1", *WIDE, prompts=prompts)
+    words = ["parallel.tensor=1", *CERTIFIED, "engine.max_num_seqs=2"]
     job = start(launcher_command("python", 1), certified, *words, prompts=prompts)
     output, after = certified / "out.jsonl", random.Random(seed).randrange(5)
     while job.poll() is None and not (output.exists() and output.read_bytes().count(b"\n") >= after):

@@ -51,11 +51,11 @@ def test_demo_is_found_from_any_working_directory(
     directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT if directory == "root" else tmp_path)
-    (tmp_path / "target").mkdir()  # another's folder of the same name in the working directory is not meant
+    (tmp_path / "target-int4").mkdir()  # another's folder of the same name in the working directory is not meant
     config = load(ROOT / "configs" / "demo" / "demo.yaml")
     demo = ROOT / "configs" / "demo"
     for name, found in (
-        ("target", config.model.target),
+        ("target-int4", config.model.target),
         ("draft", config.speculation.model),
         ("prompts.jsonl", config.files.input),
     ):

@@ -60,7 +60,8 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
 def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> Int4Weight:
     if weight.dtype not in FLOATS or weight.shape[1] % group_size:
         return reference.quantize_int4(weight, group_size, symmetric)
-    codes, scale, zero, finite = _ops.quantize_int4(weight if weight.stride(1) == 1 else weight.contiguous(), group_size, symmetric)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    codes, scale, zero, finite = _ops.quantize_int4(weight, group_size, symmetric)
     if not finite:
         raise ValueError(NOT_FINITE)
     return Int4Weight(codes, scale, zero, group_size)

@@ -1,7 +1,8 @@
 """A whole model into four bits, one layer in memory at a time; what is finished stays finished.
 
 The architecture runs once, with all of calibration twice in one batch - as full precision has it and as four bits have
-it - and at each layer stops to load, round and write it. So layers get from transformers exactly the arguments they always get, and nothing here knows their names.
+it - and at each layer stops to load, round and write it. So layers get from transformers exactly the arguments they
+always get, and nothing here knows their names.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ class _Step(nn.Module):
             out = layer(hidden[row : row + 1], *_of_row(args, row, count), **_of_row(kwargs, row, count))
             return out[0] if isinstance(out, tuple) else out
 
-        runs = [partial(run, row) for row in range(count)]
+        runs: list[Run] = [partial(run, row) for row in range(count)]
         plain, rounded = runs[: count // 2], runs[count // 2 :]
         self._writer.load(layer, self._index)
         last = self._index + 1 == len(self._writer.layers)
