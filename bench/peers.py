@@ -32,6 +32,7 @@ WEIGHTS = {
 }  # fmt: skip
 SPECULATION = ("none", "ngram", "model")
 ABLE = {"openvino": ("none", "ngram"), "llamacpp": ("none", "ngram"), "vllm": ("none", "ngram")}
+ONE_AT_A_TIME = ("transformers",)  # takes drafts for a single sequence only
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Contestant:
 
     engine: str
     speculation: str
+
+
+def alone(who: Contestant) -> bool:
+    return who.engine in ONE_AT_A_TIME and who.speculation != "none"
 
 
 @dataclass(frozen=True)
@@ -99,19 +104,19 @@ def compete(
 ) -> dict[tuple[Contestant, int], list[Measured]]:
     """What was measured of everybody, by batch; who fails is named and left out."""
     found: dict[tuple[Contestant, int], list[Measured]] = {}
-    out: set[Contestant] = set()
+    out = {(each, batch) for each in who for batch in given.batch if batch > 1 and alone(each)}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(given.repeats):
             for batch in given.batch:
                 for each in who:
-                    if each in out:
+                    if (each, batch) in out:
                         continue
                     run = run_ours if each.engine.startswith("quasar") else run_peer
                     try:
                         measured = run(each, batch, prompts, given, Path(scratch))
                     except subprocess.SubprocessError as error:
                         print(f"left out: {error}", file=sys.stderr, flush=True)
-                        out.add(each)
+                        out.add((each, batch))
                         continue
                     found.setdefault((each, batch), []).append(measured)
                     print(

