@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from types import ModuleType
 
@@ -33,11 +34,11 @@ class Belt:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._there = [torch.cuda.Event(), torch.cuda.Event()] if self._stream is not None else []
 
-    def carry(self, layer: int, weight: Tensor, kernels: ModuleType) -> Carried:
-        """Takes over a weight [N, K] of a layer; all of them before the first is used."""
+    def carry(self, layer: int, weight: Tensor, kernels: ModuleType, borders: Sequence[int] = ()) -> Carried:
+        """Takes over a weight [N, K] of a layer, its inputs in segments between `borders`; all before the first is used."""
         held = self._held.setdefault(layer, [])
         held.append(weight.cpu().contiguous().pin_memory() if self._stream is not None else weight.contiguous())
-        return Carried(self, layer, len(held) - 1, kernels)
+        return Carried(self, layer, len(held) - 1, kernels, borders)
 
     def start(self) -> int:
         """Makes the buffers, once all weights are here. Returns their bytes."""
@@ -94,13 +95,14 @@ class Carried:
 
     nbytes = 0
 
-    def __init__(self, belt: Belt, layer: int, index: int, kernels: ModuleType) -> None:
+    def __init__(self, belt: Belt, layer: int, index: int, kernels: ModuleType, borders: Sequence[int]) -> None:
         self.out_features, self.in_features = belt.shape(layer, index)
         self._belt, self._layer, self._index = belt, layer, index
         self._product = kernels.dense_linear
+        self._borders = borders
 
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self._product(x, self._belt.weight(self._layer, self._index))
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        out: Tensor = self._product(x, self._belt.weight(self._layer, self._index), self._borders, dtype)
         return out
 
 

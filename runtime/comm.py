@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime.kernels.build import load_extension
+from runtime.kernels.folding import tree
 
 LINE = 16  # int64 words a rank's line of flags has; `csrc/shm.cpp` says what is in them
 LEFT, ATTACHED, READY = 3, 4, 5
@@ -33,11 +34,13 @@ class Communicator(Protocol):
 
     rank: int
     size: int
+    ordered: bool  # whether sums are added in the order that `all_reduce` says
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """[...] float32, bfloat16 or float16 -> the same shape and dtype, summed over the ranks.
+    def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[...] float32, bfloat16 or float16 -> the same shape, of `dtype` or else x's, summed over the ranks.
 
-        Added in rank order in float32 and rounded once to `x.dtype`. Raises PeerLost; ValueError for other dtypes.
+        Added in float32 as a binary tree over the ranks, ((0 + 1) + (2 + 3)) + ..., and rounded once. Raises PeerLost;
+        ValueError for other dtypes.
         """
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -55,9 +58,10 @@ class Solo:
 
     rank = 0
     size = 1
+    ordered = True
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return _summable(x).clone()
+    def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return _summable(x).to(dtype or x.dtype, copy=True)
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x.clone()[None]
@@ -77,6 +81,8 @@ class SharedMemory:
 
     Raises SharedMemoryError, PeerLost, or BuildError where the C++ extension can't be built.
     """
+
+    ordered = True
 
     def __init__(
         self, name: str, rank: int, size: int, timeout: float = 30.0, capacity: int = 1 << 20,
@@ -100,9 +106,9 @@ class SharedMemory:
             self._create()
         self._attach()
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         x = _summable(x).contiguous()
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, dtype=dtype)
         step = self.capacity // x.element_size()
         if x.numel() <= step:
             self._exchange(REDUCE, x, out)
@@ -242,26 +248,22 @@ class SharedMemory:
 class TorchGroup:
     """A group of `torch.distributed`: gloo between hosts, NCCL between GPUs.
 
-    gloo adds in an order that depends on where an element stands, so its ranks gather and add in rank order. NCCL sums
-    in its own way: the same bits on every rank and in every run of the same shape, but not float32 in rank order.
+    gloo adds in an order that depends on where an element stands, so its ranks gather and add by themselves. NCCL sums
+    in its own way: the same bits on every rank and in every run of the same shape, but not float32 as a binary tree.
     The bound on waits is the process group's own timeout.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.group = process_group
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
-        self._nccl = "nccl" in dist.get_backend(process_group)
+        self.ordered = "nccl" not in dist.get_backend(process_group)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        if self._nccl:
-            out = _summable(x).clone()
-            self._guard(lambda: dist.all_reduce(out, group=self.group))
-            return out
-        parts = self.all_gather(_summable(x))
-        total = parts[0].float()
-        for part in parts[1:]:
-            total = total + part.float()
-        return total.to(x.dtype)
+    def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if self.ordered:
+            return tree(list(self.all_gather(_summable(x)).float())).to(dtype or x.dtype)
+        out = _summable(x).clone()
+        self._guard(lambda: dist.all_reduce(out, group=self.group))
+        return out.to(dtype or x.dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()

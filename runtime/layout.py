@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from runtime.checkpoint import ModelError
 from runtime.kv_cache import CacheShape
-from runtime.shard import Span, head_spans, spans, vocabulary_spans
+from runtime.shard import Span, head_spans, segments, spans, vocabulary_spans
 from runtime.skeleton import path_of
 
 WHOLE = {"replicated_with_grad_allreduce", "replicated"}
@@ -34,11 +35,29 @@ class Columns:
 
 @dataclass(frozen=True)
 class Rows:
-    """A linear whose inputs are split and whose outputs are summed. `whole_input`: the input has not been split yet."""
+    """A linear whose inputs are split and whose outputs are summed.
+
+    segments: of all inputs, each summed by itself. whole_input: the input has not been split yet.
+    """
 
     path: str
     span: Span
+    segments: tuple[Span, ...]
     whole_input: bool = False
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Where, counted from the span's start, one segment ends and the next begins."""
+        return tuple(s.start - self.span.start for s in self.segments if self.span.start < s.start < self.span.stop)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the span is a whole branch of the binary tree over the segments: 1, 2, 4 or 8 of them from such a place."""
+        starts = [s.start for s in self.segments]
+        if self.span.start not in starts or self.span.stop not in (*starts[1:], self.segments[-1].stop):
+            return False
+        count = len(self.borders) + 1
+        return len(self.segments) % count == 0 and starts.index(self.span.start) % count == 0
 
 
 @dataclass(frozen=True)
@@ -89,20 +108,25 @@ def lay_out(model: PreTrainedModel, group_size: int, rank: int, size: int) -> La
             if hasattr(model.get_submodule(parent), "layer_idx"):
                 units = head_spans(kv_heads, block.inputs, group_size, size)
                 mine = units[rank].scaled(block.inputs, kv_heads)
+                parts = segments(partial(head_spans, kv_heads, block.inputs, group_size))
+                parts = tuple(part.scaled(block.inputs, kv_heads) for part in parts)
                 sharded_heads = units[rank].width
                 shares = tuple(units[rank].scaled(block.outputs(path, kv_heads), kv_heads) for path in kinds["colwise"])
             else:
                 mine = spans(block.inputs, group_size, size, f"inputs of {kinds['rowwise'][0]}")[rank]
+                parts = segments(partial(spans, block.inputs, group_size))
                 shares = tuple(mine.scaled(block.outputs(path, block.inputs), block.inputs) for path in kinds["colwise"])
                 if size > 1 and any(share != mine for share in shares):
                     raise ModelError(f"{parent}: its projections don't have as many outputs as the next has inputs")
             columns.append(Columns(tuple(kinds["colwise"]), shares))
-            rows.extend(Rows(path, mine) for path in kinds["rowwise"])
+            rows.extend(Rows(path, mine, parts) for path in kinds["rowwise"])
         for path in kinds["colwise_gather_output"]:
             every = tuple(spans(_linear(model, path).out_features, 16, size, f"outputs of {path}"))
             columns.append(Columns((path,), (every[rank],), every))
         for path in kinds["rowwise_split_input"]:
-            rows.append(Rows(path, spans(_linear(model, path).in_features, group_size, size, f"inputs of {path}")[rank], True))
+            inputs = _linear(model, path).in_features
+            mine = spans(inputs, group_size, size, f"inputs of {path}")[rank]
+            rows.append(Rows(path, mine, segments(partial(spans, inputs, group_size)), whole_input=True))
 
     return Layout(
         columns=columns,

@@ -29,38 +29,41 @@ class Product(Protocol):
     out_features: int
     nbytes: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[M, in_features] -> [M, out_features], of x's dtype; M may be 0."""
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[M, in_features] -> [M, out_features], of `dtype` or else x's; M may be 0."""
 
 
 class Dense:
-    """A weight [N, K] in the model's dtype. kernels: those of its device, if not given."""
+    """A weight [N, K] in the model's dtype, its inputs in segments between `borders`. kernels: those of its device, if not
+    given."""
 
-    def __init__(self, weight: Tensor, kernels: ModuleType | None = None) -> None:
+    def __init__(self, weight: Tensor, kernels: ModuleType | None = None, borders: Sequence[int] = ()) -> None:
         aligned = weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0
         self.weight = weight if aligned else torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(weight)
         self.out_features, self.in_features = weight.shape
         self.nbytes = weight.nbytes
         self._product = (kernels or select(weight.device)).dense_linear
+        self._borders = borders
 
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self._product(x, self.weight)
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        out: Tensor = self._product(x, self.weight, self._borders, dtype)
         return out
 
 
 class Int4:
-    """A weight that `kernels.pack_int4` has packed."""
+    """A weight that `kernels.pack_int4` has packed, its inputs in segments between `borders`."""
 
-    def __init__(self, packed: PackedInt4, kernels: ModuleType) -> None:
+    def __init__(self, packed: PackedInt4, kernels: ModuleType, borders: Sequence[int] = ()) -> None:
         self.packed = packed
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.nbytes = packed.nbytes
         self._product = kernels.int4_linear
+        self._borders = borders
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if not len(x):
-            return x.new_empty(0, self.out_features)
-        out: Tensor = self._product(x, self.packed)
+            return x.new_empty(0, self.out_features, dtype=dtype)
+        out: Tensor = self._product(x, self.packed, None, self._borders, dtype)
         return out
 
 
@@ -73,9 +76,9 @@ class Int8:
         self.nbytes = packed.nbytes
         self._product = kernels.int8_linear
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         out: Tensor = self._product(x, self.packed)
-        return out
+        return out if dtype is None else out.to(dtype)
 
 
 class Reordered:
@@ -86,8 +89,8 @@ class Reordered:
         self.out_features = product.out_features
         self.nbytes = product.nbytes + order.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.product(x[:, self.order])
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self.product(x[:, self.order], dtype)
 
 
 class Stacked:
@@ -99,8 +102,8 @@ class Stacked:
         self.out_features = sum(product.out_features for product in products)
         self.nbytes = sum(product.nbytes for product in products)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([product(x) for product in self.products], dim=1)
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.cat([product(x, dtype) for product in self.products], dim=1)
 
 
 class Siblings:
@@ -165,7 +168,9 @@ class ColumnParallel(nn.Module):
 class RowParallel(nn.Module):
     """[..., this rank's inputs] -> [..., N], summed over the ranks; the bias is added once, to the sum.
 
-    With `taken`, the input is whole, [..., K], and this rank takes that span of it.
+    Partial sums are exchanged in float32, so that the sum of all segments is rounded once however many ranks there are.
+    Ranks that don't add in order (NCCL) exchange the model's dtype. With `taken`, the input is whole, [..., K], and this
+    rank takes that span of it.
     """
 
     def __init__(self, product: Product, bias: Tensor | None, comm: Communicator, taken: Span | None = None) -> None:
@@ -178,9 +183,11 @@ class RowParallel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.taken is not None:
             x = x[..., self.taken.start : self.taken.stop]
-        out = self.product(x.reshape(-1, self.product.in_features)).view(*x.shape[:-1], -1)
-        if self._comm.size > 1:
-            out = self._comm.all_reduce(out)
+        alone = self._comm.size == 1
+        partial = None if alone or not self._comm.ordered else torch.float32
+        out = self.product(x.reshape(-1, self.product.in_features), partial).view(*x.shape[:-1], -1)
+        if not alone:
+            out = self._comm.all_reduce(out, x.dtype)
         return out if self.bias is None else out + self.bias
 
 

@@ -41,8 +41,11 @@ HEAD_ROWS = 16384  # of a vocabulary that are rounded at a time
 
 @dataclass
 class Loader:
-    """Puts the weights of a checkpoint into a skeleton, one source tensor at a time. belt: what brings dense weights of layers
-    from host memory, where they stay; None keeps them on the device."""
+    """Puts the weights of a checkpoint into a skeleton, one source tensor at a time.
+
+    belt: what brings dense weights of layers from host memory, where they stay; None keeps them on the device.
+    ranks_alike: whether, of what was put, every sum over ranks has the same bits on 1, 2, 4 and 8 ranks.
+    """
 
     module: PreTrainedModel
     config: ModelConfig
@@ -53,6 +56,7 @@ class Loader:
     comm: Communicator
     schemes: dict[str, Scheme]
     belt: Belt | None = None
+    ranks_alike: bool = True
 
     def fill(self, layout: Layout, tied: dict[str, str]) -> int:
         """Replaces and fills all modules. Returns the bytes of weights held."""
@@ -81,7 +85,9 @@ class Loader:
                 swaps[path] = ColumnParallel(siblings, index, comm, columns.gathered)
         for rows in layout.rows:
             outputs = Span(0, self._linear(rows.path).out_features)
-            product, bias = self._product([(rows.path, outputs, rows.span)]), self._bias([rows.path], [None])
+            product = self._product([(rows.path, outputs, rows.span)], rows.borders if self.device.type == "cpu" else ())
+            bias = self._bias([rows.path], [None])
+            self.ranks_alike &= rows.complete and self._sums_by_segment(product, rows.segments)
             held += product.nbytes + (0 if bias is None else bias.nbytes)
             swaps[rows.path] = RowParallel(product, bias, comm, rows.span if rows.whole_input else None)
         for path in layout.whole:
@@ -113,27 +119,38 @@ class Loader:
         """Rows of the head as precisely as the files have them."""
         return self._weight(path, rows) if path in self.schemes else self.checkpoint.read(stored, rows).to(self.device)
 
-    def _product(self, parts: list[tuple[str, Span, Span]]) -> Product:
-        """One product of linears' slices (path, rows, columns), laid one under the other."""
+    def _product(self, parts: list[tuple[str, Span, Span]], borders: Sequence[int] = ()) -> Product:
+        """One product of linears' slices (path, rows, columns), laid one under the other; borders: between segments."""
         made = [self._part(*part) for part in parts]
         if all(isinstance(weight, Tensor) for weight, _ in made):
-            return self._dense(parts[0][0], torch.cat([weight for weight, _ in made if isinstance(weight, Tensor)]))
+            whole = torch.cat([weight for weight, _ in made if isinstance(weight, Tensor)])
+            return self._dense(parts[0][0], whole, borders)
         fours = [weight for weight, _ in made if isinstance(weight, Int4Weight)]
         order, inputs = made[0][1], parts[0][2].width
         if len(fours) == len(made) and len({w.group_size for w in fours}) == 1 and all(_same(o, order) for _, o in made):
-            return self._packed(merge(fours), order, inputs)
+            return self._packed(merge(fours), order, inputs, borders)
         return Stacked([Dense(w, self.kernels) if isinstance(w, Tensor) else self._packed(w, o, inputs) for w, o in made])
 
-    def _dense(self, path: str, weight: Tensor) -> Product:
+    def _dense(self, path: str, weight: Tensor, borders: Sequence[int] = ()) -> Product:
         """A weight of a linear, or of those with which it stands in one layer; layers have numbers in their paths."""
         layer = re.search(r"\.(\d+)\.", path)
         if self.belt is None or layer is None:
-            return Dense(weight, self.kernels)
-        return self.belt.carry(int(layer[1]), weight, self.kernels)
+            return Dense(weight, self.kernels, borders)
+        return self.belt.carry(int(layer[1]), weight, self.kernels, borders)
 
-    def _packed(self, weight: Int4Weight, order: Tensor | None, inputs: int) -> Product:
-        product = Int4(self.kernels.pack_int4(weight, self.config.activations), self.kernels)
-        return product if order is None else Reordered(product, order, inputs)
+    def _packed(
+        self, weight: Int4Weight, order: Tensor | None, inputs: int, borders: Sequence[int] = ()
+    ) -> Product:
+        packed = self.kernels.pack_int4(weight, self.config.activations)
+        if order is None:
+            return Int4(packed, self.kernels, borders)
+        return Reordered(Int4(packed, self.kernels), order, inputs)  # sorted by group: segments don't lie together
+
+    def _sums_by_segment(self, product: Product, segments: Sequence[Span]) -> bool:
+        """Whether a segment is summed alike on any rank; some CPUs do so only if every one is a multiple of 32 inputs."""
+        if self.device.type != "cpu" or isinstance(product, Reordered):
+            return False
+        return isinstance(product, Int4) or all(segment.start % 32 == 0 for segment in segments)
 
     def _part(self, path: str, rows: Span, columns: Span) -> tuple[Tensor | Int4Weight, Tensor | None]:
         """A linear's slice as it is held, and the order of its inputs if that isn't their own."""

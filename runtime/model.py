@@ -34,7 +34,8 @@ class Model:
     dtype: of activations, cache and unquantised weights. cache_shape: what `KVCache` needs. vocab_first: the id of the
     first token of this rank's slice; vocab_size: of all ranks together. max_model_len: positions the model knows.
     end_tokens: its own. digest: hex, of the checkpoint, the same on all ranks. num_parameters: of the whole model.
-    weight_bytes: of this rank's weights as they are held. decoder: runs the model in transformers' place, if it can.
+    weight_bytes: of this rank's weights as they are held. ranks_alike: whether the same bits come from 1, 2, 4 and
+    8 ranks. decoder: runs the model in transformers' place, if it can.
     """
 
     module: PreTrainedModel
@@ -49,6 +50,7 @@ class Model:
     digest: str
     num_parameters: int
     weight_bytes: int
+    ranks_alike: bool
     decoder: Decoder | None
 
     @torch.inference_mode()
@@ -125,7 +127,8 @@ def load_model(
         vocab_size = module.get_output_embeddings().out_features
         kernels = select(device)
         belt = Belt(device) if visiting else None
-        held = Loader(module, config, checkpoint, kernels, dtype, device, comm, schemes, belt).fill(layout, tied)
+        loader = Loader(module, config, checkpoint, kernels, dtype, device, comm, schemes, belt)
+        held = loader.fill(layout, tied)
     finally:
         checkpoint.close()
     if device.type == "cpu":
@@ -146,6 +149,7 @@ def load_model(
         digest=checkpoint.digest,
         num_parameters=num_parameters,
         weight_bytes=held,
+        ranks_alike=loader.ranks_alike,
         decoder=fuse(module, kernels, layout.cache_shape, dtype, rounds) if own else None,
     )
 

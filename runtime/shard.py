@@ -1,11 +1,14 @@
 """Who holds what: how dimensions are split over the ranks of a group. Nothing but arithmetic.
 
 Every split is in whole units, so that a boundary never cuts a head, a quantisation group or a kernel's tile. Where the
-units don't divide evenly the first ranks get one more.
+units don't divide evenly some ranks get one more, and the splits for 1, 2, 4 and 8 ranks nest: every boundary of one is a
+boundary of the next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from math import gcd
 from typing import NamedTuple
@@ -40,8 +43,7 @@ def spans(total: int, unit: int, size: int, what: str = "dimension") -> list[Spa
             f"{what}: {total} in units of {unit} gives {units} part{'s' * (units != 1)}, too few for {size} ranks; "
             f"set parallel.tensor to {units} or less"
         )
-    share, more = divmod(units, size)
-    edges = [min(total, unit * (rank * share + min(rank, more))) for rank in range(size + 1)]
+    edges = [min(total, unit * (rank * units // size)) for rank in range(size + 1)]
     return [Span(first, last) for first, last in pairwise(edges)]
 
 
@@ -61,6 +63,18 @@ def head_spans(kv_heads: int, inputs: int, group_size: int, size: int) -> list[S
         raise CannotShard(
             f"{error} (groups of {group_size} weights keep {together} heads together: a smaller model.group_size helps)"
         ) from None
+
+
+def segments(split: Callable[[int], Sequence[Span]]) -> tuple[Span, ...]:
+    """The segments in which a dimension is summed, by how it is split over a number of ranks.
+
+    They are the shares that 8 ranks would have, or 4, 2 or 1 where there are too few parts: so 1, 2, 4 or 8 ranks have
+    whole segments each, as many as the others, and a binary tree over the segments has a branch for every rank.
+    """
+    for size in (8, 4, 2):
+        with suppress(CannotShard):
+            return tuple(split(size))
+    return tuple(split(1))
 
 
 def vocabulary_spans(total: int, size: int) -> list[Span]:

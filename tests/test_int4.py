@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from runtime.kernels import reference
 from runtime.quantize import int4, int8
 from runtime.quantize.int4 import Int4Weight
 from runtime.quantize.int8 import Int8Weight
+from tests.branches import branches
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -231,6 +233,27 @@ def test_shards_make_the_whole_product(module: ModuleType, seed: int) -> None:
         for a, b in ((0, 3), (3, 8))
     ]
     torch.testing.assert_close(parts[0] + parts[1], whole)
+
+
+@pytest.mark.parametrize("activations", ["int8", "16bit"])
+def test_segments_are_products_of_their_own(activations: str, module: ModuleType, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for count in range(1, 9):
+        size = rng.choice([32, 64])
+        edges = [0, *sorted(rng.sample(range(1, 12), count - 1)), 12]
+        weight = int4.quantize(torch.randn(rng.randint(1, 70), 12 * size), size, symmetric=rng.random() < 0.5)
+        x = torch.randn(rng.choice([1, 5, 16, 70]), 12 * size).to(rng.choice([torch.bfloat16, torch.float32]))
+        packed, borders = module.pack_int4(weight, activations), [edge * size for edge in edges[1:-1]]
+        cuts = [module.pack_int4(weight.groups(slice(a, b)), activations) for a, b in pairwise(edges)]
+        inputs = x.split([cut.in_features for cut in cuts], dim=1)
+        parts = [module.int4_linear(*part, dtype=torch.float32) for part in zip(inputs, cuts, strict=True)]
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(module.int4_linear(x, packed, None, borders, dtype), branches(parts).to(dtype))
+        assert torch.equal(module.int4_linear(x, packed, None, borders), branches(parts).to(x.dtype))
+    for wrong in ([size - 1], [size, size], [12 * size], [0]):
+        with pytest.raises(ValueError, match="segments"):
+            module.int4_linear(x, packed, None, wrong)
 
 
 def test_rounding_is_to_the_nearest(seed: int) -> None:

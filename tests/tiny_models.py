@@ -15,6 +15,7 @@ from runtime.batch import Batch, Piece
 from runtime.comm import Communicator, Solo
 from runtime.kv_cache import KVCache
 from runtime.model import Model, load_model
+from tests.branches import branches
 
 VOCABULARY = 100  # seven units of 16, the last of them short
 BLOCK = 8
@@ -60,6 +61,7 @@ class ThreadRank:
     def __init__(self, group: Threads, rank: int) -> None:
         self.group, self.rank, self.size = group, rank, group.size
         self.calls = 0
+        self.ordered = True
 
     def all_gather(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -69,11 +71,8 @@ class ThreadRank:
         self.group.barrier.wait()
         return out
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        total = torch.zeros(x.shape)
-        for part in self.all_gather(x):
-            total = total + part.float()
-        return total.to(x.dtype)
+    def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return branches(list(self.all_gather(x).float())).to(dtype or x.dtype)
 
     def barrier(self) -> None:
         self.group.barrier.wait()

@@ -132,12 +132,14 @@ def try_out(
 def fingerprint(config: RunConfig, verifier: Model, longest: int, ranks: int, device: torch.device) -> str:
     """Hex, the same wherever the same request gets the same tokens: of the model, its arithmetic and what does it.
 
-    What drafts, how rounds are made and how many groups there are decide nothing and are left out. So certified output
-    has the fingerprint of what it equals, the 16-bit model's.
+    What drafts, how rounds are made and how many groups there are decide nothing and are left out; so is the number of
+    ranks where the model says that it changes no bit. Certified output has the fingerprint of what it equals, the 16-bit
+    model's.
     """
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     arithmetic = json.dumps(config.verifier.arithmetic, sort_keys=True)
-    parts = [verifier.digest, arithmetic, str(verifier.dtype), longest, ranks, device.type, kind, torch.__version__, release()]
+    split = "any" if verifier.ranks_alike else ranks
+    parts = [verifier.digest, arithmetic, str(verifier.dtype), longest, split, device.type, kind, torch.__version__, release()]
     return blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from runtime.clock import Clock
@@ -12,12 +13,12 @@ class Metered:
     """Does what the communicator inside does, and books the time as "exchange"."""
 
     def __init__(self, inner: Communicator, clock: Clock) -> None:
-        self.rank, self.size = inner.rank, inner.size
+        self.rank, self.size, self.ordered = inner.rank, inner.size, inner.ordered
         self._inner, self._clock = inner, clock
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         with self._clock.part("exchange"):
-            return self._inner.all_reduce(x)
+            return self._inner.all_reduce(x, dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
         with self._clock.part("exchange"):

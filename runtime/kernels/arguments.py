@@ -1,5 +1,8 @@
 """What every implementation asks of its arguments, checked in one place."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -61,6 +64,12 @@ def check_pack(weight: Int4Weight, activations: str) -> None:
     _need(activations in ACTIVATIONS, "activations are one of {}, not {!r}", ", ".join(ACTIVATIONS), activations)
     size = weight.group_size
     _need(size % 8 == 0 and size <= 4096, "groups of {} inputs: a multiple of 8 up to 4096 is needed", size)
+
+
+def check_borders(borders: Sequence[int], inputs: int, unit: int) -> None:
+    """Raises ValueError unless these are the inner borders of at most eight segments of the inputs, in whole units."""
+    inside = all(0 < a < b for a, b in pairwise((*borders, inputs))) and all(border % unit == 0 for border in borders)
+    _need(inside and len(borders) < 8, "{} don't part {} inputs into segments of whole {}", borders, inputs, unit)
 
 
 def check_linear(x: Tensor, packed: PackedInt4 | PackedInt8, gate: str | None = None) -> None:

@@ -1,5 +1,7 @@
 """The kernels for CPUs, in C++ (`csrc/`): what each does stands beside the reference's function of the same name."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from runtime.kernels.arguments import (
     FLOATS,
     check_attention,
     check_best,
+    check_borders,
     check_dense,
     check_gated,
     check_head,
@@ -27,7 +30,6 @@ TILE = 16  # outputs that lie side by side in a packed weight
 
 load_extension()
 _ops = torch.ops.quasar
-_HAS_DENSE: bool = _ops.has_dense()
 
 
 def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -48,12 +50,10 @@ def paged_attention(
     return result
 
 
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    # Which of the two never depends on the rows: their sums aren't in the same order.
-    if not _HAS_DENSE or weight.dtype != torch.bfloat16 or weight.shape[1] % 32:
-        return reference.dense_linear(x, weight)
+def dense_linear(x: Tensor, weight: Tensor, borders: Sequence[int] = (), dtype: torch.dtype | None = None) -> Tensor:
     check_dense(x, weight, reference.ALIGNMENT)
-    result: Tensor = _ops.dense_linear(x.contiguous(), weight)
+    check_borders(borders, x.shape[1], 1)
+    result: Tensor = _ops.dense_linear(x.contiguous(), weight, borders, dtype or x.dtype)
     return result
 
 
@@ -82,11 +82,14 @@ def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
     )
 
 
-def int4_linear(x: Tensor, packed: PackedInt4, gate: str | None = None) -> Tensor:
+def int4_linear(
+    x: Tensor, packed: PackedInt4, gate: str | None = None, borders: Sequence[int] = (), dtype: torch.dtype | None = None
+) -> Tensor:
     check_linear(x, packed, gate)
+    check_borders(borders, packed.in_features, packed.group_size)
     result: Tensor = _ops.int4_linear(
         x.contiguous(), packed.codes, packed.scale, packed.zero, packed.out_features, packed.group_size,
-        packed.activations == "int8",
+        packed.activations == "int8", borders, dtype or x.dtype,
     )  # fmt: skip
     return gated(result, gate) if gate else result
 

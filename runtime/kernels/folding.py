@@ -1,5 +1,7 @@
 """Sums, exponentials and hyperbolic tangents whose bits depend neither on an element's place nor on its neighbours."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,17 @@ def fold(x: Tensor) -> Tensor:
         n //= 2
         x = x[..., :n] + x[..., n:]
     return x[..., 0]
+
+
+def tree(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of equal shapes, as a binary tree: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), and what is left over last.
+
+    Whoever holds a whole branch can add it up alone, and nobody's result changes.
+    """
+    parts = list(parts)
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) & ~1 :]
+    return parts[0]
 
 
 def exp(x: Tensor) -> Tensor:

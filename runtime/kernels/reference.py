@@ -4,18 +4,22 @@ A row's result never depends on the other rows: sums fold a fixed shape by halve
 of integers are exact, and nothing else adds.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from runtime.kernels.arguments import (
     check_attention,
     check_best,
+    check_borders,
     check_dense,
     check_head,
     check_linear,
     check_pack,
 )
-from runtime.kernels.folding import exp, fold, tanh
+from runtime.kernels.folding import exp, fold, tanh, tree
 from runtime.kernels.packed import PackedInt4, PackedInt8
 from runtime.kernels.reference_layer import gated, rms_norm, rotary_write, write_cache
 from runtime.kernels.rows import MOST, decode, scaled
@@ -61,12 +65,22 @@ def paged_attention(
     return torch.cat(parts).to(query.dtype) if parts else torch.empty_like(query)
 
 
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K], weight [N, K], both bfloat16, float16 or float32 -> [M, N] of that dtype, sums in float32 or wider.
+def dense_linear(x: Tensor, weight: Tensor, borders: Sequence[int] = (), dtype: torch.dtype | None = None) -> Tensor:
+    """x [M, K], weight [N, K], both bfloat16, float16 or float32 -> [M, N] of `dtype` or else theirs, sums in float32 or wider.
 
-    The weight is contiguous and begins at a multiple of ALIGNMENT bytes. Raises ValueError for shapes and dtypes.
+    borders: between segments of the inputs, which are summed by themselves and then added as a binary tree in float32
+    (`folding.tree`); rounded once, in the end. The weight is contiguous and begins at a multiple of ALIGNMENT bytes.
+    Raises ValueError for shapes and dtypes.
     """
     check_dense(x, weight, ALIGNMENT)
+    check_borders(borders, x.shape[1], 1)
+    if borders or dtype not in (None, x.dtype):
+        edges = pairwise((0, *borders, x.shape[1]))
+        return tree([_dense(x[:, a:b].float(), weight[:, a:b].float().contiguous()) for a, b in edges]).to(dtype or x.dtype)
+    return _dense(x, weight)
+
+
+def _dense(x: Tensor, weight: Tensor) -> Tensor:
     count, chunk = len(x), CHUNK.get(weight.device.type, 32)
     if count % chunk or not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
         padded = x.new_zeros(-(-count // chunk) * chunk, x.shape[1])
@@ -89,8 +103,10 @@ def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
     return PackedInt4(weight.codes, weight.scale, weight.zero, outputs, inputs, weight.group_size, activations)
 
 
-def int4_linear(x: Tensor, packed: PackedInt4, gate: str | None = None) -> Tensor:
-    """x [M, K] bfloat16, float16 or float32 -> [M, N] of its dtype; with a gate, `gated` of that, [M, N / 2].
+def int4_linear(
+    x: Tensor, packed: PackedInt4, gate: str | None = None, borders: Sequence[int] = (), dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [M, K] bfloat16, float16 or float32 -> [M, N] of `dtype` or else of its own; with a gate, `gated` of that, [M, N / 2].
 
     With "int8" activations each row's groups are rounded to -127..127 (`quantize_rows`), and the result is, in float32,
     added group after group from zero with each operation rounded by itself,
@@ -99,14 +115,25 @@ def int4_linear(x: Tensor, packed: PackedInt4, gate: str | None = None) -> Tenso
 
     with acc the exact sum of codes times codes and sum that of the activations' codes alone. Every implementation gives
     these bits. With "16bit" the products of (code - zero) and x are added in float32, group by group and in an order
-    of the implementation's own. Raises ValueError for shapes and dtypes.
+    of the implementation's own. Between `borders`, which are whole groups, segments are summed like this by themselves and
+    then added as a binary tree (`folding.tree`). Raises ValueError for shapes and dtypes.
     """
     check_linear(x, packed, gate)
-    assert packed.zero is not None
+    check_borders(borders, packed.in_features, packed.group_size)
     size, wide = packed.group_size, x.float()
-    out = wide.new_zeros(len(x), packed.out_features)
     rounded = quantize_rows(wide, size) if packed.activations == "int8" else None
-    for g in range(packed.scale.shape[1]):
+    edges = [edge // size for edge in (0, *borders, packed.in_features)]
+    out = tree([_int4_segment(wide, rounded, packed, range(*both)) for both in pairwise(edges)]).to(dtype or x.dtype)
+    return gated(out, gate) if gate else out
+
+
+def _int4_segment(
+    wide: Tensor, rounded: tuple[Tensor, Tensor, Tensor] | None, packed: PackedInt4, groups: range
+) -> Tensor:
+    assert packed.zero is not None
+    size, x = packed.group_size, wide
+    out = wide.new_zeros(len(x), packed.out_features)
+    for g in groups:
         inputs = slice(g * size, (g + 1) * size)
         codes = packed.codes[:, inputs].float()
         zero, scale = packed.zero[:, g].float(), packed.scale[:, g]
@@ -119,7 +146,7 @@ def int4_linear(x: Tensor, packed: PackedInt4, gate: str | None = None) -> Tenso
             step = max(1, ELEMENTS // max(1, codes.numel()))
             parts = [fold(wide[i : i + step, None, inputs] * codes) for i in range(0, len(x), step)]
             out = out + torch.cat([*parts, out[:0]]) * scale
-    return gated(out.to(x.dtype), gate) if gate else out.to(x.dtype)
+    return out
 
 
 def pack_int8(weight: Int8Weight) -> PackedInt8:

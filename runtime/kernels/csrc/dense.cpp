@@ -1,137 +1,142 @@
-// Products with bfloat16 weights as the file has them, [outputs, inputs], by AMX.
+// Products with weights as the file has them, [outputs, inputs]: nothing is packed, so that a weight can be an embedding's
+// table as well.
 //
-// The weight is the left matrix of a tile product and the rows of activations are columns, laid out for it once; so a
-// weight needs no packing and can be an embedding's table as well. A result is summed over the inputs, 32 at a time from
-// the first on, whatever other columns the tile has. Weights are read once: what a thread has of them for 32 outputs
-// stays in its cache for all rows.
+// With AMX and bfloat16 the weight is the left matrix of a tile product and the rows of activations are columns, laid out
+// for it once; a result is summed over the inputs, 32 at a time. Everywhere else 32 outputs become the lanes of two vectors,
+// some inputs at a time, and all rows are multiplied with them; a result is summed over the inputs one after another, or
+// pair after pair where a CPU multiplies pairs of bfloat16. Neither order depends on other rows or other outputs.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
-#include "amx.h"
+#include "amx_dense.h"
+#include "products.h"
 
 namespace quasar {
 namespace {
 
-constexpr int64_t STEP = 32;  // inputs of a tile
-typedef c10::BFloat16 T;
+constexpr int64_t ROWS = 256;   // of activations, at a time
+constexpr int64_t CHUNK = 128;  // words of a weight's rows that are turned into lanes at a time
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
 
-#if defined(QUASAR_AMX_BF16)
+// A word is 32 bits: one input as float, or two as bfloat16. The first n of sixteen words, the others zero.
+template <bool PAIRS, class T>
+QUASAR_INLINE F words(const T* p, int n) {
+  if constexpr (!PAIRS) return load(p, n);
+  if (n >= LANES) return read<F>(p);
+  F some = {};
+  std::memcpy(&some, p, n * 4);
+  return some;
+}
 
-// Two tiles of outputs by one or two of rows: sums [2][ROW][16 outputs][16 rows]. Asks for `next` meanwhile.
-template <int ROW>
-void products(const T* weight, int64_t inputs, const T* x, const char* next, float* sums) {
-  _tile_zero(0);
-  _tile_zero(2);
-  if constexpr (ROW == 2) {
-    _tile_zero(1);
-    _tile_zero(3);
-  }
-  const int64_t stride = inputs * int64_t(sizeof(T)), block = inputs * AMX_ROWS;
-  for (int64_t k = 0; k < inputs; k += STEP) {
-    if (next)
-      for (int i = 0; i < 32; ++i) __builtin_prefetch(next + k * 64 + i * 64, 0, 2);
-    _tile_loadd(4, weight + k, stride);
-    _tile_loadd(5, weight + block + k, stride);
-    _tile_loadd(6, x + k * AMX_ROWS, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    if constexpr (ROW == 2) {
-      _tile_loadd(7, x + block + k * AMX_ROWS, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+// sum[n] + weight[n] * x, of the inputs of one word.
+template <bool PAIRS>
+QUASAR_INLINE F multiply_add(F weight, const float* x, F sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (PAIRS)
+    return F(_mm512_dpbf16_ps(__m512(sum), __m512bh(weight), __m512bh(_mm512_set1_epi32(read<int32_t>(x)))));
+#endif
+  return fma(weight, splat(*x), sum);
+}
+
+// Words of up to 32 outputs [outputs, inputs] become [steps][32], zero where there is no output.
+template <bool PAIRS, class T>
+void turn(const T* weight, int64_t inputs, int64_t outputs, int64_t steps, float* turned) {
+  constexpr int EACH = PAIRS ? 2 : 1;
+  for (int64_t n = 0; n < WIDE; n += LANES)
+    for (int64_t s = 0; s < steps; s += LANES) {
+      const int count = int(std::min<int64_t>(LANES, steps - s));
+      F tile[LANES];
+      for (int i = 0; i < LANES; ++i) {
+        const T* from = weight + (n + i) * inputs + s * EACH;
+        tile[i] = n + i < outputs ? words<PAIRS>(from, count) : F{};
+        __builtin_prefetch(from + CHUNK * EACH);
+      }
+      transpose(tile);
+      for (int i = 0; i < count; ++i) store(turned + (s + i) * WIDE + n, tile[i]);
+    }
+}
+
+// R rows of words, `stride` apart, times [steps][32]: added to y [R][32].
+template <int R, bool PAIRS>
+QUASAR_INLINE void multiply(const float* turned, const float* x, int64_t stride, int64_t steps, float* y) {
+  F low[R], high[R];
+  for (int r = 0; r < R; ++r) low[r] = load(y + r * WIDE), high[r] = load(y + r * WIDE + LANES);
+  for (int64_t s = 0; s < steps; ++s) {
+    const F a = load(turned + s * WIDE), b = load(turned + s * WIDE + LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      low[r] = multiply_add<PAIRS>(a, x + r * stride + s, low[r]);
+      high[r] = multiply_add<PAIRS>(b, x + r * stride + s, high[r]);
     }
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(2, sums + ROW * 256, 64);
-  if constexpr (ROW == 2) {
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(3, sums + 768, 64);
-  }
+  for (int r = 0; r < R; ++r) store(y + r * WIDE, low[r]), store(y + r * WIDE + LANES, high[r]);
 }
 
-// Sixteen rows side by side, pairs of inputs together: [blocks][K / 2][16][2], zero where there is no row.
-std::vector<T> columns(const T* x, int64_t rows, int64_t inputs) {
-  std::vector<T> laid((rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS * inputs);
-  for (int64_t m = 0; m < rows; ++m) {
-    T* to = laid.data() + m / AMX_ROWS * AMX_ROWS * inputs + m % AMX_ROWS * 2;
-    for (int64_t k = 0; k < inputs; k += 2) std::memcpy(to + k * AMX_ROWS, x + m * inputs + k, 2 * sizeof(T));
-  }
-  return laid;
-}
-
-// The outputs first..first + 32 of all rows; `weight` begins with the first.
-void outputs_of(const T* weight, const T* x, int64_t rows, int64_t inputs, int64_t first, int64_t outputs, const char* next,
-                T* out) {
-  alignas(64) float sums[1024];
-  for (int64_t m = 0; m < rows; m += 2 * AMX_ROWS) {
-    const int blocks = m + AMX_ROWS < rows ? 2 : 1;
-    if (blocks == 2) products<2>(weight, inputs, x + m * inputs, m ? nullptr : next, sums);
-    else products<1>(weight, inputs, x + m * inputs, m ? nullptr : next, sums);
-    for (int o = 0; o < 2; ++o)
-      for (int b = 0; b < blocks; ++b) {
-        F tile[LANES];
-        for (int i = 0; i < LANES; ++i) tile[i] = load(sums + (o * blocks + b) * 256 + i * LANES);
-        transpose(tile);
-        const int64_t n = first + o * LANES, row = m + b * AMX_ROWS;
-        if (n >= outputs) continue;
-        const int width = int(std::min<int64_t>(LANES, outputs - n));
-        for (int64_t i = 0; i < std::min<int64_t>(LANES, rows - row); ++i) store(out + (row + i) * outputs + n, tile[i], width);
+template <bool PAIRS, class T, class Out>
+void by_lanes(const T* x, const T* weight, int64_t rows, int64_t inputs, int64_t outputs, const Segments& segments, Out* out) {
+  constexpr int EACH = PAIRS ? 2 : 1;
+  const int64_t stride = spread((inputs + EACH - 1) / EACH * 4) / 4;
+  std::vector<float> wide(rows * stride);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t s = 0; s * EACH < inputs; s += LANES)
+      store(wide.data() + m * stride + s, words<PAIRS>(x + m * inputs + s * EACH, int(std::min(int64_t(LANES), inputs / EACH - s))));
+  over_outputs(outputs, inputs * std::min(rows, ROWS), [&](int64_t begin, int64_t end) {
+    alignas(64) float stack[Segments::DEPTH * ROWS * WIDE], turned[CHUNK * WIDE];
+    for (int64_t m = 0; m < rows; m += ROWS)
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t count = std::min(ROWS, rows - m), first = c * WIDE, left = std::min(WIDE, outputs - first);
+        segments.sum(stack, ROWS * WIDE, count * WIDE, [&](int64_t from, int64_t to, float* y) {
+          for (int64_t k = from; k < to; k += CHUNK * EACH) {
+            const int64_t steps = std::min(CHUNK, (to - k) / EACH);
+            turn<PAIRS>(weight + first * inputs + k, inputs, left, steps, turned);
+            by_rows(count, [&]<int R>(int64_t r) {
+              multiply<R, PAIRS>(turned, wide.data() + (m + r) * stride + k / EACH, stride, steps, y + r * WIDE);
+            });
+          }
+        });
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t n = 0; n < left; n += LANES)
+            store(out + (m + r) * outputs + first + n, load(stack + r * WIDE + n), int(std::min<int64_t>(LANES, left - n)));
       }
-  }
+  });
 }
-
-#endif
 
 }  // namespace
 
-// Whether `dense_linear` works on this machine.
-bool has_dense() {
-#if defined(QUASAR_AMX_BF16)
-  return amx_allowed();
-#else
-  return false;
-#endif
-}
-
-// x [M, K], weight [N, K], both bfloat16, K a multiple of 32 -> [M, N].
-at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight) {
+// x [M, K], weight [N, K] of one dtype, borders between segments of K -> [M, N] of `dtype`.
+at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef borders, at::ScalarType dtype) {
   const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
-  TORCH_CHECK(has_dense() && inputs % STEP == 0, "this product takes AMX and inputs in multiples of ", STEP);
   TORCH_CHECK(x.is_contiguous() && weight.is_contiguous(), "a dense product takes contiguous tensors");
-  at::Tensor out = at::empty({rows, outputs}, x.options());
-#if defined(QUASAR_AMX_BF16)
+  const Segments segments(borders, inputs, 1);
+  at::Tensor out = at::empty({rows, outputs}, x.options().dtype(dtype));
   if (rows == 0) return out;
-  const auto* w = weight.const_data_ptr<T>();
-  auto* y = out.mutable_data_ptr<T>();
-  const std::vector<T> laid = columns(x.const_data_ptr<T>(), rows, inputs);
-  const int64_t wide = 2 * LANES, chunks = (outputs + wide - 1) / wide;
-  at::parallel_for(0, chunks, std::max<int64_t>(1, 65536 / (inputs * wide)), [&](int64_t begin, int64_t end) {
-    AmxTiles tiles;
-    std::vector<T> last;
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t first = c * wide, left = outputs - first;
-      const T* from = w + first * inputs;
-      const char* next = c + 1 < end && left >= 2 * wide ? reinterpret_cast<const char*>(from + wide * inputs) : nullptr;
-      if (left >= wide) {
-        outputs_of(from, laid.data(), rows, inputs, first, outputs, next, y);
-        continue;
+  by_dtype(x.scalar_type(), [&](auto* type) {
+    typedef std::remove_pointer_t<decltype(type)> T;
+    const auto *from = static_cast<const T*>(x.const_data_ptr()), *w = static_cast<const T*>(weight.const_data_ptr());
+    by_dtype(dtype, [&](auto* out_type) {
+      auto* to = static_cast<decltype(out_type)>(out.mutable_data_ptr());
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        if (amx::possible(segments)) return amx::by_tiles(from, w, rows, inputs, outputs, segments, to);
+        if (HAS_PAIRS && segments.all_multiples_of(2))
+          return by_lanes<HAS_PAIRS>(from, w, rows, inputs, outputs, segments, to);
       }
-      last.resize(wide * inputs);  // with zeros behind the last output
-      std::memcpy(last.data(), from, left * inputs * sizeof(T));
-      outputs_of(last.data(), laid.data(), rows, inputs, first, outputs, nullptr, y);
-    }
+      by_lanes<false>(from, w, rows, inputs, outputs, segments, to);
+    });
   });
-#endif
   return out;
 }
 
 }  // namespace quasar
 
 TORCH_LIBRARY_FRAGMENT(quasar, m) {
-  m.def("has_dense() -> bool", &quasar::has_dense);
-  m.def("dense_linear(Tensor x, Tensor weight) -> Tensor", &quasar::dense_linear);
+  m.def("dense_linear(Tensor x, Tensor weight, int[] borders, ScalarType dtype) -> Tensor", &quasar::dense_linear);
 }

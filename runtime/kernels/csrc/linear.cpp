@@ -16,12 +16,14 @@
 #include <vector>
 
 #include "amx.h"
+#include "products.h"
 
 namespace quasar {
 namespace {
 
 constexpr int ROWS = 64;   // of activations, at a time
 constexpr int MICRO = 8;   // of these in registers
+constexpr int64_t STACK = ROWS * LANES;
 constexpr int64_t AHEAD = 2048;  // bytes a weight is asked for before it is needed
 
 struct Codes {
@@ -30,10 +32,6 @@ struct Codes {
   std::vector<float> sum;     // [groups, M], whole numbers below 2^24
   int64_t stride;             // of a row of codes
 };
-
-// Bytes between rows of this length: whole vectors, and an odd number of cache lines, so that rows that are read side by
-// side don't fall into the same sets of the cache.
-int64_t spread(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 // Rounds rows of activations to signed bytes, each group with a scale of its own.
 template <class T>
@@ -119,22 +117,6 @@ QUASAR_INLINE void products16(const uint8_t* weight, F zero, const float* x, int
   for (int r = 0; r < R; ++r) sum[r] = acc[0][r] + acc[1][r];
 }
 
-// Calls f.template operator()<R>(first row) for R rows at a time.
-template <class Function>
-QUASAR_INLINE void by_rows(int64_t rows, const Function& f) {
-  int64_t r = 0;
-  for (; r + MICRO <= rows; r += MICRO) f.template operator()<MICRO>(r);
-  switch (rows - r) {
-    case 7: return f.template operator()<7>(r);
-    case 6: return f.template operator()<6>(r);
-    case 5: return f.template operator()<5>(r);
-    case 4: return f.template operator()<4>(r);
-    case 3: return f.template operator()<3>(r);
-    case 2: return f.template operator()<2>(r);
-    case 1: return f.template operator()<1>(r);
-  }
-}
-
 // A product with a packed weight: what its kernel needs besides the activations.
 struct Packed {
   const uint8_t* codes;
@@ -150,17 +132,17 @@ struct Packed {
   F zero_at(int64_t line) const { return zero ? to_float(widen(read<B>(zero + line * LANES))) : splat(8.0f); }
 };
 
-// f(first row, rows, tile, y) fills y [rows, 16]; every 64 rows a thread goes through its tiles once.
+// f(first row, rows, tile, y) fills y [rows, 16], behind which there is room for Segments::DEPTH of it, STACK floats apart;
+// every 64 rows a thread goes through its tiles once.
 template <class Function>
 void over_tiles(at::Tensor& out, int64_t inputs, const Function& f) {
   const int64_t rows = out.size(0), outputs = out.size(1), tiles = (outputs + LANES - 1) / LANES;
   const int64_t work = std::max<int64_t>(1, inputs * LANES * std::min<int64_t>(rows, ROWS));
   at::parallel_for(0, tiles, std::max<int64_t>(1, 262144 / work), [&](int64_t begin, int64_t end) {
-    alignas(64) float y[ROWS * LANES];
+    alignas(64) float y[Segments::DEPTH * STACK];
     for (int64_t m = 0; m < rows; m += ROWS)
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t count = std::min<int64_t>(ROWS, rows - m);
-        std::memset(y, 0, sizeof(float) * count * LANES);
         f(m, count, tile, y);
         const int n = int(std::min<int64_t>(LANES, outputs - tile * LANES));
         by_dtype(out.scalar_type(), [&](auto* type) {
@@ -181,16 +163,16 @@ QUASAR_INLINE void finish(int64_t rows, const int32_t* sums, F scale, F zero, co
   }
 }
 
-void int4_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
+void int4_by_int8(const Codes& q, const Packed& w, const Segments& segments, at::Tensor& out) {
   const int64_t groups = w.inputs / w.group, bytes = w.group * LANES / 2;
   const int64_t step = w.group % 64 == 0 ? 64 : 32, rows = out.size(0);
   const bool amx = rows >= AMX_ROWS && w.group % 32 == 0 && amx_allowed();
-  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* y) {
+  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
     std::optional<AmxTiles> tiles;
     std::vector<uint8_t> bytes_of;
     const bool wide = amx && count >= AMX_ROWS;
     if (wide) tiles.emplace(step), bytes_of.resize(w.group * LANES);
-    for (int64_t g = 0; g < groups; ++g) {
+    auto add_group = [&](int64_t g, float* y) {
       const int64_t at = tile * groups + g;
       const F own = w.scale_at(at), middle = w.zero_at(at);
       const uint8_t* codes = w.codes + at * bytes;
@@ -214,26 +196,31 @@ void int4_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
         finish(R, reinterpret_cast<const int32_t*>(sum), own, middle, x_scale + done + r, x_sum + done + r,
                y + (done + r) * LANES);
       });
-    }
+    };
+    segments.sum(stack, STACK, count * LANES, [&](int64_t first, int64_t last, float* y) {
+      for (int64_t g = first / w.group; g < last / w.group; ++g) add_group(g, y);
+    });
   });
 }
 
 // x: rows of floats, stride apart.
-void int4_by_16bit(const float* x, int64_t stride, const Packed& w, at::Tensor& out) {
+void int4_by_16bit(const float* x, int64_t stride, const Packed& w, const Segments& segments, at::Tensor& out) {
   const int64_t groups = w.inputs / w.group, bytes = w.group * LANES / 2;
-  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* y) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = tile * groups + g;
-      const F own = w.scale_at(at), middle = w.zero_at(at);
-      by_rows(count, [&]<int R>(int64_t r) {
-        F sum[R];
-        products16<R>(w.codes + at * bytes, middle, x + (m + r) * stride + g * w.group, stride, w.group / 8, sum);
-        for (int i = 0; i < R; ++i) {
-          float* to = y + (r + i) * LANES;
-          store(to, fma(sum[i], own, load(to)));
-        }
-      });
-    }
+  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
+    segments.sum(stack, STACK, count * LANES, [&](int64_t first, int64_t last, float* y) {
+      for (int64_t g = first / w.group; g < last / w.group; ++g) {
+        const int64_t at = tile * groups + g;
+        const F own = w.scale_at(at), middle = w.zero_at(at);
+        by_rows(count, [&]<int R>(int64_t r) {
+          F sum[R];
+          products16<R>(w.codes + at * bytes, middle, x + (m + r) * stride + g * w.group, stride, w.group / 8, sum);
+          for (int i = 0; i < R; ++i) {
+            float* to = y + (r + i) * LANES;
+            store(to, fma(sum[i], own, load(to)));
+          }
+        });
+      }
+    });
   });
 }
 
@@ -280,16 +267,18 @@ Codes quantize(const at::Tensor& x, int64_t group) {
 
 // x [M, K], weight [tiles, K / 8, 16, 4], scale [tiles, K / group, 16] bfloat16 or float32, zero alike or absent.
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
-                       const std::optional<at::Tensor>& zero, int64_t outputs, int64_t group, bool eight) {
+                       const std::optional<at::Tensor>& zero, int64_t outputs, int64_t group, bool eight,
+                       at::IntArrayRef borders, at::ScalarType dtype) {
   const int64_t rows = x.size(0), inputs = x.size(1), tiles = (outputs + LANES - 1) / LANES;
   TORCH_CHECK(x.is_contiguous() && weight.nbytes() == size_t(tiles * inputs * LANES / 2), "the packing doesn't fit");
   TORCH_CHECK(scale.numel() * group == tiles * inputs * LANES && group % 8 == 0, "the scales don't fit");
-  at::Tensor out = at::empty({rows, outputs}, x.options());
+  const Segments segments(borders, inputs, group);
+  at::Tensor out = at::empty({rows, outputs}, x.options().dtype(dtype));
   const Packed w{static_cast<const uint8_t*>(weight.const_data_ptr()), scale.const_data_ptr(),
                  scale.scalar_type() == at::kBFloat16,
                  zero ? static_cast<const uint8_t*>(zero->const_data_ptr()) : nullptr, inputs, group};
   if (eight) {
-    int4_by_int8(quantize(x, group), w, out);
+    int4_by_int8(quantize(x, group), w, segments, out);
     return out;
   }
   const int64_t stride = spread(inputs * int64_t(sizeof(float))) / int64_t(sizeof(float));
@@ -302,7 +291,7 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::
         store(wide.data() + m * stride + k, load(from + m * inputs + k, n), n);
       }
   });
-  int4_by_16bit(wide.data(), stride, w, out);
+  int4_by_16bit(wide.data(), stride, w, segments, out);
   return out;
 }
 
@@ -322,7 +311,8 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::
 
 TORCH_LIBRARY_FRAGMENT(quasar, m) {
   m.def(
-      "int4_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, int outputs, int group, bool eight) -> Tensor",
+      "int4_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, int outputs, int group, bool eight, int[] borders, "
+      "ScalarType dtype) -> Tensor",
       &quasar::int4_linear);
   m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, int outputs) -> Tensor", &quasar::int8_linear);
 }

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <bit>
 #include <chrono>
 
 #include "simd.h"
@@ -33,13 +34,18 @@ inline void relax() {
 #endif
 }
 
-template <class T>
-void reduce(const char* set, int64_t ranks, int64_t capacity, T* out, int64_t n) {
+// Added as a binary tree, ((0 + 1) + (2 + 3)) + ...: a stack holds the trees that are complete.
+template <class T, class Out>
+void reduce(const char* set, uint64_t ranks, int64_t capacity, Out* out, int64_t n) {
   for (int64_t i = 0; i < n; i += LANES) {
     const int m = int(n - i < LANES ? n - i : LANES);
-    F total = load(reinterpret_cast<const T*>(set) + i, m);
-    for (int64_t r = 1; r < ranks; ++r) total = total + load(reinterpret_cast<const T*>(set + r * capacity) + i, m);
-    store(out + i, total, m);
+    F stack[6];
+    for (uint64_t r = 0; r < ranks; ++r) {
+      F* top = stack + std::popcount(r);
+      *top = load(reinterpret_cast<const T*>(set + r * capacity) + i, m);
+      for (int trees = r + 1 == ranks ? std::popcount(r) : std::countr_one(r); trees; --trees, --top) top[-1] = top[-1] + *top;
+    }
+    store(out + i, stack[0], m);
   }
 }
 
@@ -90,7 +96,10 @@ int64_t shm_exchange(const at::Tensor& memory, const at::Tensor& x, at::Tensor o
       std::memcpy(static_cast<char*>(out.data_ptr()) + r * bytes, set + r * capacity, bytes);
   } else if (kind == REDUCE) {
     by_dtype(x.scalar_type(), [&](auto* type) {
-      reduce(set, ranks, capacity, static_cast<decltype(type)>(out.data_ptr()), x.numel());
+      typedef std::remove_pointer_t<decltype(type)> T;
+      by_dtype(out.scalar_type(), [&](auto* out_type) {
+        reduce<T>(set, ranks, capacity, static_cast<decltype(out_type)>(out.data_ptr()), x.numel());
+      });
     });
   }
   return 0;

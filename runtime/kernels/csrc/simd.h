@@ -27,7 +27,7 @@ constexpr int LANES = 16;
 
 #define QUASAR_INLINE inline __attribute__((always_inline))
 
-QUASAR_INLINE F splat(float x) { return F{} + x; }
+QUASAR_INLINE F splat(float x) { return x - F{}; }  // without an addition: x + 0 is no x where x is -0
 QUASAR_INLINE I splat(int32_t x) { return I{} + x; }
 template <class To, class From>
 QUASAR_INLINE To bits(const From& x) {

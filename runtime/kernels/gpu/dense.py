@@ -7,6 +7,8 @@ The head's tile of outputs is a tile of the vocabulary. Its logits are rounded a
 and leave only the best of them, so that no logits are written; `sampling.py` merges the tiles.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -124,9 +126,11 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+def dense_linear(x: Tensor, weight: Tensor, borders: Sequence[int] = (), dtype: torch.dtype | None = None) -> Tensor:
     check_dense(x, weight, reference.ALIGNMENT)
-    return multiply(x, weight, None, None, x.dtype, table_of(x.device))
+    if borders:
+        raise ValueError("this product has pieces of its own, and no segments")
+    return multiply(x, weight, None, None, dtype or x.dtype, table_of(x.device))
 
 
 def int8_linear(x: Tensor, packed: PackedInt8) -> Tensor:

@@ -24,6 +24,7 @@ a pair and applies the activation to what it would have written; of pieces, the 
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -182,19 +183,23 @@ def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
     )
 
 
-def int4_linear(x: Tensor, packed: PackedInt4, gate: str | None = None) -> Tensor:
+def int4_linear(
+    x: Tensor, packed: PackedInt4, gate: str | None = None, borders: Sequence[int] = (), dtype: torch.dtype | None = None
+) -> Tensor:
     check_linear(x, packed, gate)
     if packed.codes.dtype != torch.int32:
-        return reference.int4_linear(x, packed, gate)
-    return multiply(x, packed, gate, table_of(x.device))
+        return reference.int4_linear(x, packed, gate, borders, dtype)
+    if borders:
+        raise ValueError("this product has pieces of 1024 inputs, and no segments")
+    return multiply(x, packed, gate, table_of(x.device), dtype)
 
 
-def multiply(x: Tensor, packed: PackedInt4, gate: str | None, table: Table) -> Tensor:
+def multiply(x: Tensor, packed: PackedInt4, gate: str | None, table: Table, dtype: torch.dtype | None = None) -> Tensor:
     """`int4_linear` with a table of one's own; any table gives the same bits."""
     rows, outputs, inputs = len(x), packed.out_features, packed.in_features
     width = outputs // 2 if gate else outputs
     if not rows or not outputs or not inputs:
-        return x.new_zeros(rows, width)
+        return x.new_zeros(rows, width, dtype=dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
     # float32 has no matrix instruction to use and fills twice the room.
@@ -203,7 +208,7 @@ def multiply(x: Tensor, packed: PackedInt4, gate: str | None, table: Table) -> T
     pieces = triton.cdiv(blocks, PIECE)
     grid = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, high)
     split = pieces > 1 and grid[0] * grid[1] < table.programs
-    out = x.new_empty(rows, width)
+    out = x.new_empty(rows, width, dtype=dtype)
     parts = x.new_empty(pieces, rows, outputs, dtype=torch.float32) if split else out
     _product[(*grid, pieces if split else 1)](
         x, packed.codes, packed.scale, packed.zero, parts, rows, outputs, inputs, x.stride(0), blocks,
