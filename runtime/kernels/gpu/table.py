@@ -52,11 +52,14 @@ def parse(text: str) -> Table:
     """Reads a table. Raises ValueError for anything that isn't one."""
     data: dict[str, Any] = json.loads(text)
     try:
-        tiles = [{int(rows): Tile(**tile) for rows, tile in data[name].items()} for name in ("product", "dense")]
-        table = Table(*tiles, int(data["programs"]), int(data["attention"]["warps"]), int(data["attention"]["stages"]))
+        product, dense = (
+            {int(rows): Tile(**tile) for rows, tile in data[name].items()} for name in ("product", "dense")
+        )
+        attention = data["attention"]
+        table = Table(product, dense, int(data["programs"]), int(attention["warps"]), int(attention["stages"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a table of tuned parameters: {error!r}") from error
-    if any(not set(rows) <= {16, 32, 64, 128} or 16 not in rows for rows in tiles) or table.programs < 1:
+    if any(not set(rows) <= {16, 32, 64, 128} or 16 not in rows for rows in (product, dense)) or table.programs < 1:
         raise ValueError("row tiles are 16 and some of 32, 64 and 128; programs is 1 or more")
     return table
 
