@@ -176,7 +176,8 @@ def test_everything_different(kind: str, quantization: str, seed: int, tmp_path:
     if kind == "llama":
         drafters, target, draft = ["ngram", "suffix"], 2 * 2 * 4 * 16 * 2, 0
         sizes = {"vocab_size": 4096, "intermediate_size": 256, "max_position_embeddings": 512}
-        model.append(f"model.target={save(make('llama', seed, torch.bfloat16, **sizes), tmp_path)}")
+        directory = save(make("llama", seed, torch.bfloat16, **sizes), tmp_path)
+        model += [f"model.target={directory}", "model.group_size=32"]
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path("configs/demo/target") / name, tmp_path)
     tokens = text()
