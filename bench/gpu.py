@@ -29,6 +29,7 @@ from bench.tables import table
 from runtime.kernels import gpu, reference
 from runtime.kernels.packed import PackedInt4
 from runtime.quantize.int4 import Int4Weight
+from runtime.quantize.int8 import Int8Weight
 
 ROOT = Path(__file__).parent.parent
 ROWS = [1, 2, 4, 8, 16, 32, 64]
@@ -38,6 +39,7 @@ SHAPES = {  # [outputs, inputs]; q, k and v are one product, and so are gate and
     "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate+up": (24576, 4096), "8B down": (4096, 12288),
     "32B qkv": (10240, 5120), "32B o": (5120, 8192), "32B gate+up": (51200, 5120), "32B down": (5120, 25600),
 }  # fmt: skip
+RIVALS = ["torch bf16", "torch int4", "gemlite"]
 Run = Callable[[int], object]
 
 
@@ -86,8 +88,8 @@ def weight_of(outputs: int, inputs: int, device: torch.device) -> Int4Weight:
     return Int4Weight(codes, scale, torch.full_like(scale, 8, dtype=torch.uint8), GROUP)
 
 
-def products(weight: Int4Weight, dry: bool) -> dict[str, tuple[Callable[[Tensor, int], Tensor], int, int] | str]:
-    """name -> (product of x and a turn, bytes it reads, its copies), or why there is none."""
+def products(weight: Int4Weight, gates: bool, dry: bool) -> dict[str, tuple[Callable[[Tensor, int], Tensor], int, int] | str]:
+    """name -> (product of x and a turn, bytes it reads, its copies), or why there is none; gates: one that ends in them."""
     result: dict[str, tuple[Callable[[Tensor, int], Tensor], int, int] | str] = {}
 
     def add(name: str, make: Callable[[], tuple[Any, int, Callable[[Tensor, Any], Tensor]]]) -> None:
@@ -102,6 +104,10 @@ def products(weight: Int4Weight, dry: bool) -> dict[str, tuple[Callable[[Tensor,
     def ours() -> tuple[PackedInt4, int, Callable[[Tensor, PackedInt4], Tensor]]:
         packed = gpu.pack_int4(weight, "16bit")
         return packed, packed.nbytes, gpu.int4_linear
+
+    def gated() -> tuple[PackedInt4, int, Callable[[Tensor, PackedInt4], Tensor]]:
+        packed = gpu.pack_int4(weight, "16bit")
+        return packed, packed.nbytes, lambda x, made: gpu.int4_linear(x, made, "silu")
 
     def dense() -> tuple[Tensor, int, Callable[[Tensor, Tensor], Tensor]]:
         wide = weight.dequantize().bfloat16()
@@ -124,6 +130,8 @@ def products(weight: Int4Weight, dry: bool) -> dict[str, tuple[Callable[[Tensor,
         return layer, weight.codes.numel() // 2 + scale.nbytes, lambda x, made: made.forward(x)
 
     add("ours", ours)
+    if gates:
+        add("ours + gates", gated)
     add("torch bf16", dense)
     add("torch int4", torchs)
     add("gemlite", gemlite)
@@ -153,6 +161,13 @@ def attention(sequences: int, rows: int, context: int, device: torch.device, dry
         keys, values = cache[turn % layers]
         return gpu.paged_attention(query, keys, values, tables, which, positions, dim**-0.5)
 
+    bytes_ = torch.randint(-128, 128, (*cache.shape[:-1], dim + 4), device=device, dtype=torch.int8)
+    bytes_.view(torch.float32)[..., -1] = 0.01
+
+    def eight(turn: int) -> Tensor:
+        keys, values = bytes_[turn % layers]
+        return gpu.paged_attention(query, keys, values, tables, which, positions, dim**-0.5)
+
     def torchs(turn: int) -> Tensor:
         keys, values = whole[turn % layers]
         return sdpa(split, keys, values, attn_mask=mask, enable_gqa=True)
@@ -160,17 +175,47 @@ def attention(sequences: int, rows: int, context: int, device: torch.device, dry
     size = cache[0].nbytes
     return {
         "ours, paged": (microseconds(ours, 2 * layers, dry), size),
+        "ours, paged, int8 cache": (microseconds(eight, 2 * layers, dry), bytes_[0].nbytes),
         "torch, contiguous": (microseconds(torchs, 2 * layers, dry), size),
     }
 
 
-def best(rows: int, vocab: int, device: torch.device, dry: bool) -> dict[str, tuple[float, int]]:
-    """name -> (microseconds, bytes): sampling, and torch's arg-max, which is greedy."""
-    logits = torch.randn(rows, vocab, device=device).bfloat16()
-    temperatures, seeds = torch.ones(rows, device=device), torch.arange(rows, device=device)
-    ours = microseconds(lambda _: gpu.best_tokens(logits, temperatures, seeds, seeds, 0), 10, dry)
-    greedy = microseconds(lambda _: logits.argmax(1), 10, dry)
-    return {"ours, sampled": (ours, logits.nbytes), "torch arg-max": (greedy, logits.nbytes)}
+def head(rows: int, device: torch.device, dry: bool) -> dict[str, tuple[float, int]]:
+    """name -> (microseconds, bytes of the weight): an 8B model's head, from hidden states to tokens."""
+    vocab, width = (300, 64) if dry else (151936, 4096)
+    x, weight = torch.randn(rows, width, device=device).bfloat16(), torch.randn(vocab, width, device=device).bfloat16()
+    codes = torch.randint(-127, 128, (vocab, width), dtype=torch.int8, device=device)
+    eight = gpu.pack_int8(Int8Weight(codes, torch.rand(vocab, device=device)))
+    rest = torch.ones(rows, device=device), torch.arange(rows, device=device), torch.arange(rows, device=device), 0
+    runs: dict[str, tuple[Run, int]] = {
+        "ours, 16 bit": (lambda _: gpu.head_best(x, weight, *rest), weight.nbytes),
+        "ours, 16 bit, by way of logits": (lambda _: gpu.best_tokens(gpu.dense_linear(x, weight), *rest), weight.nbytes),
+        "ours, 8 bit": (lambda _: gpu.head_best(x, eight, *rest), eight.nbytes),
+        "torch, 16 bit, greedy": (lambda _: torch.nn.functional.linear(x, weight).argmax(1), weight.nbytes),
+    }
+    return {name: (microseconds(run, 4, dry), size) for name, (run, size) in runs.items()}
+
+
+def between(rows: int, device: torch.device, dry: bool) -> dict[str, float]:
+    """name -> microseconds of what an 8B model's layer does between its products."""
+    heads, kv, dim, width, inner = (4, 2, 16, 64, 96) if dry else (32, 8, 128, 4096, 12288)
+    x, weight = torch.randn(rows, width, device=device).bfloat16(), torch.rand(width, device=device)
+    qkv = torch.randn(rows, (heads + 2 * kv) * dim, device=device).bfloat16()
+    angle, norm, slots = qkv[:, :dim], torch.rand(dim, device=device), torch.arange(rows, device=device)
+    keys, values = torch.zeros(2, 8, kv, 16, dim, device=device).bfloat16()
+    eights = torch.zeros(2, 8, kv, 16, dim + 4, device=device, dtype=torch.int8)
+    both = torch.randn(rows, 2 * inner, device=device).bfloat16()
+    runs: dict[str, Run] = {
+        "residual and norm": lambda _: gpu.rms_norm(x, weight, 1e-6, True, x),
+        "head norms, rotary, cache": lambda _: gpu.rotary_write(
+            qkv, angle, angle, norm, norm, 1e-6, True, keys, values, slots
+        ),
+        "the same, int8 cache": lambda _: gpu.rotary_write(
+            qkv, angle, angle, norm, norm, 1e-6, True, eights[0], eights[1], slots
+        ),
+        "gates": lambda _: gpu.gated(both, "silu"),
+    }
+    return {name: microseconds(run, 20, dry) for name, run in runs.items()}
 
 
 def check(device: torch.device, dry: bool) -> float:
@@ -203,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (time.monotonic() - started) / 60 > options.minutes:
             print(f"{name}: left out, {options.minutes:g} minutes are over")
             continue
-        runs = products(weight_of(outputs, inputs, device), dry)
+        runs = products(weight_of(outputs, inputs, device), dry or "gate" in name, dry)
         lines = []
         for rows in options.rows[: 2 if dry else None]:
             x = torch.randn(rows, inputs, device=device).bfloat16()
@@ -222,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rate = size / times[contender] / 1e3
                 line.append(f"{times[contender]:.1f} us, {rate:.0f} GB/s, {rate / copied:.0%}")
             lines.append(line)
-            others = [f"{times[c] / times['ours']:.2f}x" if c in times else "-" for c in runs if c != "ours"]
+            others = [f"{times[c] / times['ours']:.2f}x" if c in times else "-" for c in RIVALS]
             if "ours" in times and rows in (1, 8, 64):
                 short.append([name, str(rows), f"{times['ours']:.1f}", *others])
         print(f"{name}: {outputs} x {inputs}, groups of {GROUP}\n")
@@ -230,14 +275,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("".join(f"{c}: {made}\n" for c, made in runs.items() if isinstance(made, str)), flush=True)
         code |= isinstance(runs["ours"], str)
         del runs
-    for sequences, rows, context in [(2, 2, 64)] if dry else [(1, 1, 4096), (8, 4, 2048), (32, 6, 2048), (64, 1, 2048)]:
+    for sequences, rows, context in [(2, 2, 64)] if dry else [(1, 1, 4096), (1, 6, 8192), (16, 6, 4096), (64, 1, 2048)]:
         for who, (us, size) in attention(sequences, rows, context, device, dry).items():
             rate = size / us / 1e3
             what = f"attention, {sequences} x {rows} rows over {context}"
             print(f"{what}: {who} {us:.1f} us, {rate:.0f} GB/s, {rate / copied:.0%}")
-    for rows in [2] if dry else [1, 16, 64]:
-        for who, (us, size) in best(rows, 2000 if dry else 151936, device, dry).items():
-            print(f"best tokens, {rows} rows: {who} {us:.1f} us, {size / us / 1e3:.0f} GB/s")
+    for rows in [2] if dry else [1, 6, 16, 64]:
+        for who, (us, size) in head(rows, device, dry).items():
+            print(f"head, {rows} rows: {who} {us:.1f} us, {size / us / 1e3:.0f} GB/s, {size / us / 1e3 / copied:.0%}")
+        for what, us in between(rows, device, dry).items():
+            print(f"{what}, {rows} rows: {us:.1f} us")
     left = max(30.0, 570 - (time.monotonic() - started))
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_triton*.py"))]
     print("\ntests marked gpu:", flush=True)
@@ -248,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not done after {left:.0f} s")
         code |= 1
     print("\nours in microseconds, and how many times as long the others take:\n")
-    print(table(["shape", "rows", "ours", "torch bf16", "torch int4", "gemlite"], short))
+    print(table(["shape", "rows", "ours", *RIVALS], short))
     return int(bool(code))
 
 

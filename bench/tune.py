@@ -2,8 +2,9 @@
 
     python -m bench.tune                # some minutes, on the device to be tuned
 
-For each tile of rows every combination of the int4 product's parameters is timed at the layer shapes of Qwen3-8B and
-Qwen3-32B; the least geometric mean of times wins. A table changes no bit of any result, which is checked here as well.
+For each tile of rows every combination of a product's parameters, with weights of four bits and of sixteen, is timed at
+layer shapes of Qwen3-8B and Qwen3-32B; the least geometric mean of times wins. Attention has warps and stages of its own.
+What else there is reads and writes a row and has nothing to tune. A table changes no bit of any result, which is checked.
 """
 
 import argparse
@@ -14,25 +15,34 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.gpu import SHAPES, microseconds, weight_of
 from runtime.kernels import gpu
+from runtime.kernels.gpu import dense
 from runtime.kernels.gpu.attention import attend
 from runtime.kernels.gpu.linear import multiply
 from runtime.kernels.gpu.table import FOLDER, Table, Tile, parse, slug
 from runtime.kernels.packed import PackedInt4
 
+TILES = ("product", "dense")
 OUTPUTS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4)
 PROGRAMS = (1.0, 2.0, 4.0)  # for each of the device's processors
 
 
-def time_of(table: Table, rows: int, weights: Sequence[list[PackedInt4]]) -> float:
+Weights = Sequence[list[PackedInt4]] | Sequence[list[Tensor]]  # of each shape, copies
+
+
+def time_of(table: Table, rows: int, weights: Weights) -> float:
     """Geometric mean over the weights, in microseconds; infinity for what the device can't hold."""
     logs = []
     for copies in weights:
-        x = torch.randn(rows, copies[0].in_features, device="cuda").bfloat16()
+        first = copies[0]
+        inputs = first.shape[1] if isinstance(first, Tensor) else first.in_features
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
         try:
             run = functools.partial(_turn, x, copies, table)
             logs.append(math.log(microseconds(run, 2 * len(copies))))
@@ -46,8 +56,26 @@ def time_of(table: Table, rows: int, weights: Sequence[list[PackedInt4]]) -> flo
     return math.exp(sum(logs) / len(logs))
 
 
-def _turn(x: torch.Tensor, copies: list[PackedInt4], table: Table, turn: int) -> object:
-    return multiply(x, copies[turn % len(copies)], None, table)
+def _turn(x: Tensor, copies: Sequence[PackedInt4 | Tensor], table: Table, turn: int) -> Tensor:
+    weight = copies[turn % len(copies)]
+    if isinstance(weight, Tensor):
+        return dense.multiply(x, weight, None, None, x.dtype, table)
+    return multiply(x, weight, None, table)
+
+
+def tune_product(table: Table, name: str, weights: Weights) -> Table:
+    """The best tiles of `Table.product` or `Table.dense`."""
+    tiles: dict[int, Tile] = {}
+    for rows in (16, 32, 64, 128):
+        times: dict[Tile, float] = {}
+        for outputs, warps, stages in itertools.product(OUTPUTS, WARPS, STAGES):
+            tile = Tile(outputs, warps, stages)
+            tried: dict[str, Any] = {name: {16: getattr(table, name)[16], rows: tile}}
+            times[tile] = time_of(dataclasses.replace(table, **tried), rows, weights)
+        tiles[rows] = min(times, key=lambda tile: times[tile])
+        print(f"{name}, {rows} rows: {tiles[rows]}, {times[tiles[rows]]:.1f} us", flush=True)
+    found: dict[str, Any] = {name: tiles}
+    return dataclasses.replace(table, **found)
 
 
 def tune_attention(table: Table) -> Table:
@@ -91,17 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         weights.append([dataclasses.replace(packed, codes=packed.codes.clone()) for _ in range(count)])
     x = torch.randn(200, weights[0][0].in_features, device=device).bfloat16()
     expected = multiply(x, weights[0][0], None, table)
-    product = {}
-    for rows in (16, 32, 64, 128):
-        times: dict[tuple[Tile, int], float] = {}
-        for outputs, warps, stages in itertools.product(OUTPUTS, WARPS, STAGES):
-            tile = Tile(outputs, warps, stages)
-            tried = dataclasses.replace(table, product={16: table.product[16], rows: tile})
-            times[tile, rows] = time_of(tried, rows, weights)
-        best, _ = min(times, key=lambda k: times[k])
-        product[rows] = best
-        print(f"{rows} rows: {best}, {times[best, rows]:.1f} us", flush=True)
-    table = dataclasses.replace(table, product=product)
+    table = tune_product(table, "product", weights)
+    wide = [[torch.randn(*SHAPES[shape], device=device).bfloat16() for _ in range(8)] for shape in options.shapes]
+    table = tune_product(table, "dense", wide)
     tries = {round(p * processors): dataclasses.replace(table, programs=round(p * processors)) for p in PROGRAMS}
     programs = min(tries, key=lambda p: time_of(tries[p], 1, weights) * time_of(tries[p], 64, weights))
     table = tune_attention(tries[programs])
@@ -117,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def as_json(table: Table) -> dict[str, object]:
     """What `parse` reads back."""
     return {
-        "product": {str(rows): dataclasses.asdict(tile) for rows, tile in table.product.items()},
+        **{name: {str(rows): dataclasses.asdict(tile) for rows, tile in getattr(table, name).items()} for name in TILES},
         "programs": table.programs,
         "attention": {"warps": table.attention_warps, "stages": table.attention_stages},
     }

@@ -137,6 +137,10 @@ class EngineConfig(Section):
         None, description="bytes of a rank's KV cache (target and draft); by default what max_num_seqs full sequences need, "
         "within half of the free memory"
     )
+    kv_cache_dtype: Literal["auto", "fp8", "int8"] = Field(
+        "auto", description="how keys and values are held: auto in the model's dtype; fp8 and int8 in eight bits with a scale "
+        "for each token and head, which halves a 16-bit cache and changes the output"
+    )
     block_size: Literal[8, 16, 32, 64, 128] = Field(16, description="tokens of a KV cache block")
     threads: Positive | None = Field(None, description="CPU threads of a rank; by default the cores shared evenly")
 

@@ -22,6 +22,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help='held-out text, or JSON lines with "text"')
     parser.add_argument("--set", action="append", default=[], metavar="key=value",
                         help="a key of the configuration's model section, for the model; repeatable")  # fmt: skip
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "int8"], default="auto",
+                        help="how the model's keys and values are held, as engine.kv_cache_dtype")  # fmt: skip
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--samples", type=int, help="windows at most, spread over the file; by default all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plain = ModelConfig(target=given.reference, quantization="none", dtype=judged.dtype)
         text = windows(given.data, load_tokenizer(given.reference), given.length, given.samples)
         reference, model = (load_model(config, Solo(), given.device) for config in (plain, judged))
-        steps = compare(reference, model, text)
+        steps = compare(reference, model, text, given.kv_cache_dtype)
         shown = track(steps, total=len(text), description="windows", disable=not sys.stderr.isatty(), transient=True)
         *_, found = shown
         summary = found.summary()

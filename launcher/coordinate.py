@@ -36,7 +36,8 @@ from workers.transport import Server
 def fingerprint(config: RunConfig, defaults: Defaults) -> str:
     """What the text of a result depends on beside its request; results of two fingerprints don't mix in one output."""
     model = config.verifier.arithmetic | {"target": Path(config.verifier.target).resolve().name}
-    job = {"seed": config.seed, "max_model_len": config.engine.max_model_len, "defaults": asdict(defaults)}
+    engine = {"max_model_len": config.engine.max_model_len, "kv_cache_dtype": config.engine.kv_cache_dtype}
+    job = {"seed": config.seed, "defaults": asdict(defaults)} | engine
     return json.dumps(model | job, sort_keys=True)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from runtime.sequence import Sequence
 
@@ -44,6 +46,18 @@ class Rows:
     temperatures: NDArray[np.float32]
     seeds: NDArray[np.int64]
     num_logits: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether all that is wanted of the logits is each row's best token, by the rule alone."""
+        return len(self.owners) == self.num_logits and all(check.sequence.sampling.plain for check in self.checks)
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """temperatures, seeds and positions on a device."""
+        temperatures, seeds, positions = (
+            torch.from_numpy(array).to(device) for array in (self.temperatures, self.seeds, self.positions)
+        )
+        return temperatures, seeds, positions
 
     @classmethod
     def of(cls, checks: list[Check]) -> Rows:

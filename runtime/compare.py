@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime.batch import Batch, Piece
 from runtime.blocks import blocks_for
-from runtime.kv_cache import KVCache
+from runtime.kv_cache import KVCache, held_dtype
 from runtime.model import Model
 
 BLOCK = 16
@@ -59,22 +59,27 @@ class Comparison:
         }
 
 
-def logits_of(model: Model, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """The logits [T, V] of each window of tokens, of a model that one rank holds whole."""
+def logits_of(model: Model, windows: Sequence[Sequence[int]], held: str = "auto") -> Iterator[Tensor]:
+    """The logits [T, V] of each window of tokens, of a model that one rank holds whole; held: how its cache is."""
     longest = max(map(len, windows))
     count = blocks_for(longest, BLOCK)
-    cache = KVCache(model.cache_shape, count, BLOCK, model.dtype, model.device)
+    cache = KVCache(model.cache_shape, count, BLOCK, held_dtype(held, model.dtype), model.device)
     for tokens in windows:
         piece = Piece(tokens, 0, list(range(blocks_for(len(tokens), BLOCK))), len(tokens))
         yield model.forward(Batch.build([piece], BLOCK, model.device), cache)
 
 
-def compare(reference: Model, model: Model, windows: Sequence[Sequence[int]]) -> Iterator[Comparison]:
-    """The comparison after each window of two tokens or more. Raises ValueError for models of different vocabularies."""
+def compare(
+    reference: Model, model: Model, windows: Sequence[Sequence[int]], held: str = "auto"
+) -> Iterator[Comparison]:  # fmt: skip
+    """The comparison after each window of two tokens or more; held: how the model's cache is, `engine.kv_cache_dtype`.
+
+    Raises ValueError for models of different vocabularies.
+    """
     if reference.vocab_size != model.vocab_size:
         raise ValueError(f"vocabularies of {reference.vocab_size} and {model.vocab_size} tokens cannot be compared")
     found = Comparison()
     inputs = [tokens[:-1] for tokens in windows]
-    for tokens, a, b in zip(windows, logits_of(reference, inputs), logits_of(model, inputs), strict=True):
+    for tokens, a, b in zip(windows, logits_of(reference, inputs), logits_of(model, inputs, held), strict=True):
         found.add(a, b, torch.tensor(tokens[1:], device=a.device))
         yield found

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 
 from runtime.batch import Batch, Piece
 from runtime.checkpoint import ModelError
+from runtime.kernels.packed import PackedInt8
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layer import FusedLayer, Norm, Parts, Scoring, learn_activation, learn_norm, match, random_like
+from runtime.linear import ColumnParallel, Dense, Int8
 from runtime.skeleton import replace
 
 log = logging.getLogger(__name__)
@@ -46,14 +48,26 @@ class Decoder:
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Logits [L, this rank's vocabulary], in the model's dtype."""
+        logits: Tensor = self.head(self.hidden(batch, cache))
+        return logits
+
+    @property
+    def weight(self) -> Tensor | PackedInt8 | None:
+        """The head's weight, where its product by itself makes the logits."""
+        if not isinstance(self.head, ColumnParallel) or self.head.gathered or self.head.siblings.bias is not None:
+            return None
+        product = self.head.siblings.product
+        return product.weight if isinstance(product, Dense) else product.packed if isinstance(product, Int8) else None
+
+    def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
+        """What the head multiplies, [L, W]: the rows that want logits, normed."""
         x, update = self.embedding(batch.tokens), None
         cos, sin = (angles[0] for angles in self.rotary(x[None], batch.positions[None]))
         for layer in self.layers:
             x, update = layer.step(x, update, cos, sin, batch, cache)
         assert update is not None
         normed, _ = self.norm(self.kernels, x[batch.logits_at], update[batch.logits_at])
-        logits: Tensor = self.head(normed)
-        return logits
+        return normed
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.batch import Batch, Piece
-from runtime.check import Check
+from runtime.check import Check, Rows
 from runtime.clock import Clock
 from runtime.comm import Communicator
 from runtime.drafting.drafter import Draft, Drafter
@@ -163,6 +163,9 @@ class Engine:
         ]
         with self.clock.part("forward"):
             batch = Batch.build(pieces, self._cache.block_size, self._cache.device)
+            rows = Rows.of(checks)
+            if rows.plain:
+                return Choice.of(*self._model.best(batch, self._cache, *rows.tensors(self._cache.device)))
             logits = self._model.forward(batch, self._cache)
         with self.clock.part("decide"):
             return choose(logits, checks, self._comm, self._model.vocab_first)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.kernels.rows import EIGHT_BITS, cache_width
+
 
 class CacheShape(NamedTuple):
     """What a model keeps of a token on one rank: a key and a value of head_dim for each layer and KV head."""
@@ -16,8 +18,15 @@ class CacheShape(NamedTuple):
     head_dim: int
 
 
+def held_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What `engine.kv_cache_dtype` means for a model of this dtype."""
+    return EIGHT_BITS.get(name, dtype)
+
+
 class KVCache:
     """Per layer one tensor of keys and one of values, [num_blocks, KV heads of this rank, block_size, head_dim].
+
+    In eight bits a row is four bytes longer and ends in its scale; see `runtime/kernels/rows.py`.
 
     Blocks are only numbers here; `runtime.blocks` hands them out. A rollback writes nothing: what lies behind a
     sequence's computed tokens is never read.
@@ -36,7 +45,8 @@ class KVCache:
         self.block_size = block_size
         self.dtype = dtype
         self.device = torch.device(device)
-        size = (self.shape.layers, num_blocks, self.shape.kv_heads, block_size, self.shape.head_dim)
+        width = cache_width(self.shape.head_dim, dtype)
+        size = (self.shape.layers, num_blocks, self.shape.kv_heads, block_size, width)
         # Zeros touch the memory now, so that too large a cache fails at the start and not in the middle of a job.
         self.keys: tuple[Tensor, ...] = torch.zeros(size, dtype=dtype, device=self.device).unbind()
         self.values: tuple[Tensor, ...] = torch.zeros(size, dtype=dtype, device=self.device).unbind()
@@ -44,7 +54,7 @@ class KVCache:
     @staticmethod
     def bytes_per_block(shape: CacheShape, block_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block takes over all layers, keys and values."""
-        return 2 * shape.layers * shape.kv_heads * block_size * shape.head_dim * dtype.itemsize
+        return 2 * shape.layers * shape.kv_heads * block_size * cache_width(shape.head_dim, dtype) * dtype.itemsize
 
     @property
     def nbytes(self) -> int:

@@ -111,7 +111,7 @@ class FusedLayer(nn.Module):
             scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks,
         )  # fmt: skip
         normed, x = self._norms[1](kernels, x, self.output(heads.view(len(x), -1)))
-        return x, self.down(kernels.gated(self._gate_up.together(normed), self._activation))
+        return x, self.down(self._gate_up.gated(normed, self._activation, kernels))
 
 
 def match(layer: nn.Module, head_dim: int) -> tuple[Parts, int] | None:

@@ -60,10 +60,11 @@ class Int4:
         self._product = kernels.int4_linear
         self._borders = borders
 
-    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None, gate: str | None = None) -> Tensor:
+        """gate: outputs are gates and ups, of which it makes half as many."""
         if not len(x):
-            return x.new_empty(0, self.out_features, dtype=dtype)
-        out: Tensor = self._product(x, self.packed, None, self._borders, dtype)
+            return x.new_empty(0, self.out_features // 2 if gate else self.out_features, dtype=dtype)
+        out: Tensor = self._product(x, self.packed, gate, self._borders, dtype)
         return out
 
 
@@ -129,6 +130,13 @@ class Siblings:
         out = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
+        return out
+
+    def gated(self, x: Tensor, activation: str, kernels: ModuleType) -> Tensor:
+        """`kernels.gated` of gate and up, [M, K] -> [M, width of one]; at the end of their product where that is int4."""
+        if isinstance(self.product, Int4) and self.bias is None:
+            return self.product(x, gate=activation)
+        out: Tensor = kernels.gated(self.together(x), activation)
         return out
 
     @property

@@ -24,6 +24,7 @@ from runtime.layout import lay_out
 from runtime.loader import Loader
 from runtime.pointwise import steady
 from runtime.quantize.schemes import Scheme, read_schemes
+from runtime.sequence import GREEDY_BELOW
 from runtime.skeleton import ATTENTION, build_config, build_skeleton, tied_weights, weight_names
 
 
@@ -73,6 +74,21 @@ class Model:
         )
         logits: Tensor = output.logits[0]
         return logits
+
+
+    @torch.inference_mode()
+    def best(
+        self, batch: Batch, cache: KVCache, temperatures: Tensor, seeds: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`sampling.local_best` of what `forward` gives, to the same bits; no logits are written where no one needs them."""
+        rest = torch.where(temperatures < GREEDY_BELOW, 0, temperatures), seeds, positions, self.vocab_first
+        head = None if self.decoder is None else self.decoder.weight
+        best: tuple[Tensor, Tensor]
+        if self.decoder is None or head is None:
+            best = self.kernels.best_tokens(self.forward(batch, cache), *rest)
+        else:
+            best = self.kernels.head_best(self.decoder.hidden(batch, cache), head, *rest)
+        return best
 
 
 def attend(

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from runtime.batch import Batch
 from runtime.blocks import blocks_for
 from runtime.comm import Communicator
 from runtime.drafting.resident import MANY, Proposer, View
 from runtime.graphs import Graphs
 from runtime.kv_cache import KVCache
 from runtime.model import Model
-from runtime.sampling import local_best
 from runtime.sequence import Sequence
 from runtime.verify import Decision, Ints, NotANumber
 
@@ -195,7 +195,7 @@ class Resident:
         last = view.history.gather(1, (length - 1).clamp(min=0)[:, None]).long()
         valid = active[:, None] & (step <= num_drafts[:, None])
         batch = view.batch(torch.cat([last, drafts], 1), length - 1, valid, self._cache.block_size)
-        targets, broken = self._targets(self._model.forward(batch, self._cache), view, length[:, None] + step)
+        targets, broken = self._targets(batch, view, length[:, None] + step)
         stands = (targets[:, :width] == drafts) & (step[:width] < num_drafts[:, None])
         decided = torch.where(active, stands.long().cumprod(1).sum(1) + 1, 0)
         num_tokens = torch.where((broken & valid).any(1), -1, decided)
@@ -222,12 +222,12 @@ class Resident:
         good = (drafts >= 0) & (drafts < self._model.vocab_size) & (step < most[:, None])
         return drafts, good.long().cumprod(1).sum(1), sources
 
-    def _targets(self, logits: Tensor, view: View, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _targets(self, batch: Batch, view: View, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The group's tokens at `positions` [S, K + 1], int64, and where nothing can be decided."""
         count, width = positions.shape
-        scores, ids = local_best(
-            logits, view.temperatures.repeat_interleave(width), view.seeds.repeat_interleave(width),
-            positions.flatten(), self._model.vocab_first,
+        scores, ids = self._model.best(
+            batch, self._cache, view.temperatures.repeat_interleave(width), view.seeds.repeat_interleave(width),
+            positions.flatten(),
         )  # fmt: skip
         broken = scores.isnan()
         if self._comm.size > 1:

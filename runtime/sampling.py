@@ -31,6 +31,10 @@ class Choice:
     ids: Ints
     logprobs: Logprobs | None = None
 
+    @classmethod
+    def of(cls, scores: Tensor, ids: Tensor, logprobs: Logprobs | None = None) -> Choice:
+        return cls(scores.cpu().numpy(), ids.to(torch.int32).cpu().numpy(), logprobs)
+
 
 @torch.inference_mode()
 def choose(logits: Tensor, checks: list[Check], comm: Communicator, first: int) -> Choice:
@@ -47,16 +51,14 @@ def choose(logits: Tensor, checks: list[Check], comm: Communicator, first: int) 
     scores, ids = best(deciding, rows, comm, first)
     asks = list(_asks(rows))
     logprobs = score(logits, asks, scores, ids, comm, first) if asks else None
-    return Choice(scores.cpu().numpy(), ids.to(torch.int32).cpu().numpy(), logprobs)
+    return Choice.of(scores, ids, logprobs)
 
 
 @torch.inference_mode()
 def best(logits: Tensor, rows: Rows, comm: Communicator, first: int) -> tuple[Tensor, Tensor]:
     """The best of every row that decides, of which `logits` are: scores float32 [R], ids int64 [R]; see `choose`."""
     device = logits.device
-    temperatures, seeds, positions = (
-        torch.from_numpy(array).to(device) for array in (rows.temperatures, rows.seeds, rows.positions)
-    )
+    temperatures, seeds, positions = rows.tensors(device)
     samplings = [check.sequence.sampling for check in rows.checks]
     special = np.flatnonzero(np.array([s.edits or s.filters for s in samplings], bool)[rows.owners])
     if not len(special):

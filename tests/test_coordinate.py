@@ -162,5 +162,5 @@ def test_what_ranks_say_of_themselves_leaves_out_what_decides_nothing() -> None:
     base = said()
     for same in ("speculation.method=suffix", "engine.block_size=8", "coordination.merge=coordinator", "seed=5"):
         assert said(same).fingerprint == base.fingerprint, same
-    for other in ("model.quantization=none", "engine.max_model_len=100", "model.symmetric=false"):
+    for other in ("model.quantization=none", "engine.max_model_len=100", "model.symmetric=false", "engine.kv_cache_dtype=int8"):
         assert said(other).fingerprint != base.fingerprint, other

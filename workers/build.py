@@ -31,7 +31,7 @@ from runtime.engine import Engine
 from runtime.grammar import Grammars
 from runtime.graphs import Graphs, capture_on
 from runtime.kernels.build import BuildError
-from runtime.kv_cache import KVCache
+from runtime.kv_cache import KVCache, held_dtype
 from runtime.messages import Hello
 from runtime.model import Model
 from runtime.resident import Resident
@@ -82,7 +82,8 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     if isinstance(connected, SharedMemory):
         connected.timeout = config.coordination.timeout  # from here on a collective takes a forward at the longest
     num_blocks = size_cache(config, place, device, longest, models.cached)
-    cache = KVCache(verifier.cache_shape, num_blocks, config.engine.block_size, verifier.dtype, device)
+    held = held_dtype(config.engine.kv_cache_dtype, verifier.dtype)
+    cache = KVCache(verifier.cache_shape, num_blocks, config.engine.block_size, held, device)
     budget = config.engine.max_num_batched_tokens
     own = make_drafter(config, models.replica, num_blocks, device)
     drafter: Drafter = Shared(own, inner, device) if comm.size > 1 and config.speculation.width else own
@@ -139,7 +140,8 @@ def fingerprint(config: RunConfig, verifier: Model, longest: int, ranks: int, de
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     arithmetic = json.dumps(config.verifier.arithmetic, sort_keys=True)
     split = "any" if verifier.ranks_alike else ranks
-    parts = [verifier.digest, arithmetic, str(verifier.dtype), longest, split, device.type, kind, torch.__version__, release()]
+    dtypes = [str(verifier.dtype), config.engine.kv_cache_dtype]
+    parts = [verifier.digest, arithmetic, *dtypes, longest, split, device.type, kind, torch.__version__, release()]
     return blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 
@@ -207,7 +209,10 @@ def interface_to(host: str) -> str | None:
 def size_cache(config: RunConfig, place: Place, device: torch.device, longest: int, models: list[Model]) -> int:
     """Blocks of this rank's KV cache, over all of its models."""
     engine = config.engine
-    each = sum(KVCache.bytes_per_block(m.cache_shape, engine.block_size, m.dtype) for m in models)
+    held = [(m.cache_shape, held_dtype(engine.kv_cache_dtype, m.dtype)) for m in models]
+    if engine.kv_cache_dtype != "auto" and any(shape.head_dim % 4 for shape, _ in held):
+        raise BuildRefused("engine.kv_cache_dtype: heads whose width is no multiple of 4 aren't held in eight bits; use auto")
+    each = sum(KVCache.bytes_per_block(shape, engine.block_size, dtype) for shape, dtype in held)
     if engine.kv_cache_memory is not None:
         blocks = engine.kv_cache_memory // each
         if blocks == 0:
@@ -227,7 +232,8 @@ def make_drafter(config: RunConfig, replica: Model | None, num_blocks: int, devi
     lookup = (NgramDrafter if speculation.method == "ngram" else SuffixDrafter)(shortest, longest)
     if replica is None:
         return lookup
-    cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, replica.dtype, device)
+    held = held_dtype(engine.kv_cache_dtype, replica.dtype)
+    cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, held, device)
     if speculation.method == "model":
         return ModelDrafter(replica, cache, engine.max_num_batched_tokens)
     return Either(lookup, ModelDrafter(replica, cache, engine.max_num_batched_tokens, lookup.lookups + 1))

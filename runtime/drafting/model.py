@@ -86,5 +86,7 @@ class ModelDrafter:
         return stop
 
     def _sample(self, checks: list[Check], batch: Batch) -> list[int]:
-        logits = self.model.forward(batch, self.cache)
-        return [int(token) for token in best(logits, Rows.of(checks), Solo(), 0)[1]]
+        rows = Rows.of(checks)
+        if rows.plain:
+            return self.model.best(batch, self.cache, *rows.tensors(self.cache.device))[1].tolist()
+        return best(self.model.forward(batch, self.cache), rows, Solo(), 0)[1].tolist()

@@ -16,7 +16,6 @@ from runtime.batch import Batch
 from runtime.comm import Communicator
 from runtime.drafting.drafter import Draft, Drafter
 from runtime.drafting.model import ModelDrafter
-from runtime.sampling import local_best
 from runtime.scheduler import Work
 from runtime.sequence import Sequence
 
@@ -144,8 +143,8 @@ class Replica:
         drafts: list[Tensor] = []
         for step in range(count):
             batch = mine.batch(tokens, first, valid, self._cache.block_size, last_only=True)
-            logits = self._model.forward(batch, self._cache)
-            tokens = local_best(logits, mine.temperatures, mine.seeds, length + step, 0)[1][:, None]
+            chosen = self._model.best(batch, self._cache, mine.temperatures, mine.seeds, length + step)
+            tokens = chosen[1][:, None]
             drafts.append(tokens)
             first, valid = length + step, (length > 0)[:, None]
         own = torch.cat(drafts, dim=1)

@@ -83,7 +83,6 @@ def _piece(
         now = tl.maximum(top, tl.max(score, axis=1))
         fade = tl.where(top == now, 1.0, _weigh(top, now))
         weight = tl.where(seen, tl.exp(score - now[:, None]), 0.0)
-        total = dot(narrow(weight, q.dtype), ones, total * fade[:, None], PRECISION)
         # Rows share the product with the values, and 0 times NaN is NaN: a value that isn't finite counts as 0 there and
         # makes those rows NaN that see it, no others.
         if FORM == "same":
@@ -91,14 +90,16 @@ def _piece(
             finite = wide - wide == 0.0
             value = tl.where(finite, value, tl.zeros_like(value))
             broken = tl.max(tl.where(finite, 0.0, 1.0), axis=1)
+            weighed = narrow(weight, q.dtype)
         else:
             step = tl.load(value_scales + at, mask=there, other=0.0)
             finite = step - step == 0.0
-            weight *= tl.where(finite, step, 0.0)[None, :]
+            weighed = narrow(weight * tl.where(finite, step, 0.0)[None, :], q.dtype)
             broken = tl.where(finite, 0.0, 1.0)
         hurt = tl.max(tl.where(seen, broken[None, :], 0.0), axis=1)
+        total = dot(narrow(weight, q.dtype), ones, total * fade[:, None], PRECISION)
         total = tl.where(hurt[:, None] > 0, float("nan"), total)
-        out = dot(narrow(weight, q.dtype), value, out * fade[:, None], PRECISION)
+        out = dot(weighed, value, out * fade[:, None], PRECISION)
         top = now
     return top, tl.max(total, axis=1), out  # sixteen times the same sums
 

@@ -81,7 +81,7 @@ def _head(
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
     here, there = n < outputs, m < rows
-    begin = tl.program_id(2)  # 0
+    begin = tl.program_id(2) * PIECE  # 0, and known to be aligned
     total = _sums(x, weight, n, m, here, there, inputs, stride, begin, inputs, WHOLE, PIECE, TILE_N, TILE_M, PRECISION)
     if x_scale is not None:
         total = total.to(tl.float32) * (tl.load(x_scale + m, mask=there)[None, :] * tl.load(scale + n, mask=here)[:, None])
