@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_stored import WIDE, held, whole
 from tiny_models import config_of, make, on_ranks, prompts, ragged, run, save
 
 from runtime import checkpoint as checkpoint_module
 from runtime.checkpoint import INDEX, Checkpoint, ModelError
 from runtime.comm import Solo
 from runtime.model import load_model
+from runtime.quantize.int4 import quantize
 from runtime.shard import CannotShard, Span
 
 
@@ -74,6 +76,23 @@ def test_a_rank_reads_only_its_slices(seed: int, tmp_path: Path, monkeypatch: py
         on_ranks(4, lambda comm, q=quantization: load_model(config_of(tmp_path, quantization=q, group_size=32), comm))
         assert len(read) == 4
         assert all(count < 0.3 * model.num_parameters() for count in read.values())
+
+
+@pytest.mark.usefixtures("unfused", "one_thread")
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_sharding_and_quantising_commute(size: int, seed: int, tmp_path: Path) -> None:
+    """What any number of ranks holds, unequal parts included, is the whole weight rounded as one."""
+    symmetric = random.Random(seed).random() < 0.5
+    model = make("llama", seed, torch.bfloat16, num_hidden_layers=1, **WIDE)
+    config = config_of(
+        save(model, tmp_path), quantization="int4", group_size=32, symmetric=symmetric, activations="16bit", dtype="float32"
+    )
+    ranks = on_ranks(size, lambda comm: held(config, comm))
+    assert len(ranks[0]) == 8
+    for path in ranks[0]:
+        weight = model.get_submodule(path).weight.data
+        wanted = quantize(weight, 32, symmetric).dequantize() if "layers" in path else weight.float()
+        assert torch.equal(whole([rank[path] for rank in ranks], wanted), wanted), path
 
 
 def test_dtypes(seed: int, tmp_path: Path) -> None:
