@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from bench.tables import table
-from runtime.comm import Communicator, SharedMemory, TorchGroup
+from runtime.comm import Communicator
+from runtime.shared_memory import SharedMemory
+from runtime.torch_group import TorchGroup
 
 SIZES = [4 << 10, 16 << 10, 64 << 10, 160 << 10, 512 << 10]
 

@@ -124,6 +124,10 @@ class ParallelConfig(Section):
     """How ranks share the work: N ranks make N / tensor groups, each with a whole copy of the target."""
 
     tensor: Positive | None = Field(None, description="ranks of a group; by default all ranks make one group")
+    all_reduce: Literal["auto", "nccl", "symmetric"] = Field(
+        "auto", description="how GPUs of a node exchange small sums: through NCCL, or reading each other's memory, which auto "
+        "takes where they can"
+    )
 
 
 class EngineConfig(Section):

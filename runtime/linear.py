@@ -177,8 +177,7 @@ class RowParallel(nn.Module):
     """[..., this rank's inputs] -> [..., N], summed over the ranks; the bias is added once, to the sum.
 
     Partial sums are exchanged in float32, so that the sum of all segments is rounded once however many ranks there are.
-    Ranks that don't add in order (NCCL) exchange the model's dtype. With `taken`, the input is whole, [..., K], and this
-    rank takes that span of it.
+    With `taken`, the input is whole, [..., K], and this rank takes that span of it.
     """
 
     def __init__(self, product: Product, bias: Tensor | None, comm: Communicator, taken: Span | None = None) -> None:
@@ -192,7 +191,7 @@ class RowParallel(nn.Module):
         if self.taken is not None:
             x = x[..., self.taken.start : self.taken.stop]
         alone = self._comm.size == 1
-        partial = None if alone or not self._comm.ordered else torch.float32
+        partial = None if alone else torch.float32
         out = self.product(x.reshape(-1, self.product.in_features), partial).view(*x.shape[:-1], -1)
         if not alone:
             out = self._comm.all_reduce(out, x.dtype)

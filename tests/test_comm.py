@@ -18,8 +18,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from runtime.comm import SUMMED, Communicator, PeerLost, SharedMemory, SharedMemoryError, Solo, TorchGroup
+from runtime.comm import SUMMED, Communicator, PeerLost, Solo
 from runtime.kernels.build import BuildError, load_extension
+from runtime.peer_memory import PeerMemoryError, chosen
+from runtime.shared_memory import SharedMemory, SharedMemoryError
+from runtime.torch_group import WHOLE, TorchGroup
 from tests.branches import branches
 
 GATHERED = [*SUMMED, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float64, torch.float8_e4m3fn]
@@ -133,8 +136,9 @@ def test_shared_memory_sums_and_gathers_exactly(size: int, rounds: int, seed: in
     assert not list(Path("/dev/shm").glob(f"*{name}*"))
 
 
-def test_gloo_sums_and_gathers_exactly(seed: int) -> None:
-    spawn(exchange_at_random, 2, gloo, free_port(), seed, 100)
+@pytest.mark.parametrize(("size", "rounds"), [(2, 100), (3, 60)])
+def test_gloo_sums_and_gathers_exactly(size: int, rounds: int, seed: int) -> None:
+    spawn(exchange_at_random, size, gloo, free_port(), seed, rounds)
 
 
 def place_of_an_element(make: Callable[..., Communicator], name: str, rank: int, size: int, seed: int) -> None:
@@ -144,13 +148,35 @@ def place_of_an_element(make: Callable[..., Communicator], name: str, rank: int,
     whole = comm.all_reduce(x)
     assert torch.equal(comm.all_reduce(x[order]), whole[order])
     assert torch.equal(comm.all_reduce(x[37:1038]), whole[37:1038])
+    large = torch.cat([x] * 60)  # by shares
+    assert large.nbytes > WHOLE and torch.equal(comm.all_reduce(large), torch.cat([whole] * 60))
     seen = comm.all_gather(whole)
     assert all(torch.equal(seen[r], whole) for r in range(size))
     comm.close()
 
 
-def test_a_sum_does_not_depend_on_the_place(seed: int) -> None:
-    spawn(place_of_an_element, 3, shared, unique(), seed)
+@pytest.mark.parametrize("make", [shared, gloo])
+def test_a_sum_does_not_depend_on_the_place(make: Callable[..., Communicator], seed: int) -> None:
+    spawn(place_of_an_element, 3, make, unique() if make is shared else free_port(), seed)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "nccl", "symmetric"])
+@pytest.mark.parametrize(
+    ("kind", "one_host", "readable", "possible"),
+    [("cuda", True, True, True), ("cuda", True, False, False), ("cuda", False, True, False), ("cpu", True, True, False)],
+)
+def test_peers_memory_is_chosen_where_it_can_be(
+    wanted: str, kind: str, one_host: bool, readable: bool, possible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice alone: the memory itself takes several GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: device != peer and (readable or peer != 3))
+    device = torch.device(kind, 1) if kind == "cuda" else torch.device(kind)
+    if wanted == "symmetric" and not possible:
+        with pytest.raises(PeerMemoryError, match="set it to auto or nccl"):
+            chosen(wanted, device, one_host)
+    else:
+        assert chosen(wanted, device, one_host) == (possible and wanted != "nccl")
 
 
 def test_solo_is_a_group_of_one() -> None:

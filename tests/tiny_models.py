@@ -61,7 +61,6 @@ class ThreadRank:
     def __init__(self, group: Threads, rank: int) -> None:
         self.group, self.rank, self.size = group, rank, group.size
         self.calls = 0
-        self.ordered = True
 
     def all_gather(self, x: Tensor) -> Tensor:
         self.calls += 1

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from configs.schema import RunConfig
 from runtime.blocks import blocks_for
 from runtime.clock import Clock
-from runtime.comm import Communicator, SharedMemory, Solo, TorchGroup
+from runtime.comm import Communicator, Solo
 from runtime.costs import Costs
 from runtime.drafting.cascade import Cascade
 from runtime.drafting.drafter import Drafter, NgramDrafter, NoDrafter, SuffixDrafter
@@ -34,8 +34,11 @@ from runtime.kernels.build import BuildError
 from runtime.kv_cache import KVCache, held_dtype
 from runtime.messages import Hello
 from runtime.model import Model
+from runtime.peer_memory import PeerMemory, PeerMemoryError, chosen
 from runtime.resident import Resident
+from runtime.shared_memory import SharedMemory
 from runtime.tokenizer import load_tokenizer
+from runtime.torch_group import TorchGroup
 from runtime.trial import Trial
 from workers.memory import free_memory
 from workers.metered import Metered
@@ -191,7 +194,15 @@ def connect(config: RunConfig, place: Place, device: torch.device) -> Communicat
         timeout=timedelta(seconds=patience),
     )
     made = [dist.new_group(list(ranks), timeout=timedelta(seconds=patience)) for ranks in place.groups]
-    return TorchGroup(made[place.group])
+    own = made[place.group]
+    try:
+        symmetric = chosen(config.parallel.all_reduce, device, place.one_host)
+        return TorchGroup(own, PeerMemory(own, device) if symmetric else None)
+    except PeerMemoryError as error:
+        if config.parallel.all_reduce == "symmetric":
+            raise BuildRefused(str(error)) from error
+        log.warning("falling back to NCCL for small sums: %s", error)
+        return TorchGroup(own)
 
 
 def interface_to(host: str) -> str | None:

@@ -13,7 +13,7 @@ class Metered:
     """Does what the communicator inside does, and books the time as "exchange"."""
 
     def __init__(self, inner: Communicator, clock: Clock) -> None:
-        self.rank, self.size, self.ordered = inner.rank, inner.size, inner.ordered
+        self.rank, self.size = inner.rank, inner.size
         self._inner, self._clock = inner, clock
 
     def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
