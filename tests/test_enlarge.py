@@ -1,5 +1,6 @@
 """A model made larger computes what the small one does."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from tiny_models import VOCABULARY, config_of, logits_on, make, prompts, referen
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bench.enlarge import enlarge
-from bench.places import CannotEnlarge
+from bench.enlarge import SOURCE, enlarge
+from bench.places import CannotEnlarge, Places
+from bench.shapes import SHAPES, Shape
 
 SMALL: dict[str, Any] = {"intermediate_size": 192, "head_dim": 16}
 LARGE: dict[str, Any] = {
@@ -95,3 +97,11 @@ def test_a_shape_without_room_is_refused(change: dict[str, Any], message: str, s
     source = save(make("qwen3", seed, torch.bfloat16, tie_word_embeddings=True, **SMALL), tmp_path / "small")
     with pytest.raises(CannotEnlarge, match=message):
         enlarge(source, tmp_path / "large", LARGE | change)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_demos_model_fits_real_shapes(name: str) -> None:
+    small, large = Shape.of(json.loads((SOURCE / "config.json").read_text())), Shape.of(SHAPES[name])
+    places = Places(small, large)
+    assert sum(factor**2 for _, factor in places.copies) == large.hidden_size / small.hidden_size
+    assert sorted(head for head in places.heads if head is not None) == list(range(small.num_attention_heads))
