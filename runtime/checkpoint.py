@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._where: dict[str, Path] = {}
+        self._stored: dict[str, str] = {}  # names in the files, where they differ
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
         self._digest = hashlib.sha256()
@@ -55,6 +56,14 @@ class Checkpoint:
     def digest(self) -> str:
         """Hex; the same for the same model: config, names, shapes, and some bytes of every tensor."""
         return self._digest.hexdigest()
+
+    def rename(self, name_of: Callable[[str], str]) -> None:
+        """Calls the tensors by other names: those of the architecture, where the files have older ones."""
+        for old in list(self.shapes):
+            if (new := name_of(old)) != old:
+                self._stored[new] = old
+                self.shapes[new], self.dtypes[new] = self.shapes.pop(old), self.dtypes.pop(old)
+                self._where[new] = self._where.pop(old)
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = (), integers: Mapping[str, str] | None = None
@@ -87,14 +96,14 @@ class Checkpoint:
 
     def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
         """A tensor, or the named rows and columns of it, on the CPU in the file's dtype. Raises ModelError."""
-        path = self._where[name]
+        path, stored = self._where[name], self._stored.get(name, name)
         try:
             if path not in self._open:
                 self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
             if rows is None and columns is None:
-                whole: Tensor = self._open[path].get_tensor(name)
+                whole: Tensor = self._open[path].get_tensor(stored)
                 return whole
-            picked = self._open[path].get_slice(name)
+            picked = self._open[path].get_slice(stored)
             first = slice(None) if rows is None else slice(*rows)
             part: Tensor = picked[first] if columns is None else picked[first, slice(*columns)]
             return part

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from runtime.attention import Pass
 from runtime.batch import Batch, Piece
 from runtime.checkpoint import ModelError
 from runtime.kernels.packed import PackedInt8
@@ -71,23 +72,22 @@ class Decoder:
 
 
 @torch.inference_mode()
-def fuse(model: PreTrainedModel, kernels: ModuleType, shape: CacheShape, dtype: torch.dtype, rounds: bool) -> Decoder | None:
+def fuse(trial: Trial) -> Decoder | None:
     """Replaces the layers of a loaded model that can be, in place; a `Decoder` if the rest is as usual too.
 
-    Every rank of a group must call it, as trial runs exchange sums. rounds: products round their input to 8 bit. A layer
-    that has the structure and yet another result stays transformers', with one warning for the model.
+    Every rank of a group must call it, as trial runs exchange sums. A layer that has the structure and yet another result
+    stays transformers', with one warning for the model.
     """
-    trial = Trial(model, kernels, shape, dtype, rounds)
     if trial.rotary is None:
         return None
     matched = 0
-    for path, layer in list(model.named_modules()):
-        found = match(layer, shape.head_dim)
+    for path, layer in list(trial.model.named_modules()):
+        found = match(layer, trial.shape.head_dim)
         if found is not None:
             matched += 1
             fused = trial.fused(path, layer, *found)
             if fused is not None:
-                replace(model, path, fused)
+                replace(trial.model, path, fused)
     return trial.decoder() if matched else None
 
 
@@ -106,12 +106,14 @@ class Watch:
 
 
 class Trial:
-    """A small batch of random tokens, and what it takes to run a model's parts on it."""
+    """A small batch of random tokens, and what it takes to run a model's parts on it. rounds: products round their input
+    to 8 bit."""
 
     def __init__(
         self, model: PreTrainedModel, kernels: ModuleType, shape: CacheShape, dtype: torch.dtype, rounds: bool
     ) -> None:
         self.model, self.kernels, self.shape = model, kernels, shape
+        self.under_way = Pass(model)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         table: Tensor = self.embedding.weight  # type: ignore[assignment]
         self.like = torch.empty(0, dtype=dtype, device=table.device)
@@ -145,7 +147,9 @@ class Trial:
             wanted = self._run(layer, x, watch)
             pair = (norms[2], norms[3]) if norms[2:] else None
             (scoring, _) = watch.seen
-            fused = FusedLayer(layer, parts, (norms[0], norms[1]), pair, activation, scoring, index, self.kernels)
+            fused = FusedLayer(
+                layer, parts, (norms[0], norms[1]), pair, activation, scoring, index, self.kernels, self.under_way
+            )
             found = self._run(fused, x, watch)
         except (ModelError, TypeError, ValueError, AttributeError, KeyError, IndexError):
             return None  # it isn't called as the common layer is
@@ -162,14 +166,22 @@ class Trial:
 
     def _run(self, layer: nn.Module, x: Tensor, kernels: Any) -> Tensor:
         assert self.rotary is not None
+        self.under_way.begin(self.batch, self.cache, kernels)
         out = layer(
             x[None], attention_mask=None, position_ids=self.batch.positions[None], use_cache=False,
             position_embeddings=self.rotary(x[None], self.batch.positions[None]),
-            batch=self.batch, paged=self.cache, kernels=kernels,
         )  # fmt: skip
         if not isinstance(out, Tensor):
             raise TypeError("a layer gives its hidden states and nothing else")
         return out[0]
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Runs the whole model as transformers has it. Raises ModelError if that needs what we don't have."""
+        try:
+            self.under_way.run(self.model, self.batch, self.cache, self.kernels)
+        except (ModelError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            raise ModelError(f"{self.model.config.model_type} cannot run here: {error}") from error
 
     def decoder(self) -> Decoder | None:
         """The model's loop, if all layers are fused and nothing happens between its parts."""
@@ -207,10 +219,7 @@ class Trial:
         hooks = [x.register_forward_pre_hook(before, with_kwargs=True) for x in chain]
         hooks += [x.register_forward_hook(after) for x in (*chain, self.rotary)]
         try:
-            out = self.model(
-                self.batch.tokens[None], position_ids=self.batch.positions[None], use_cache=False,
-                logits_to_keep=self.batch.logits_at, batch=self.batch, paged=self.cache, kernels=self.kernels,
-            )  # fmt: skip
+            out = self.under_way.run(self.model, self.batch, self.cache, self.kernels)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -225,4 +234,4 @@ class Trial:
             for layer in layers
             for mine, theirs in zip(given[layer][1], gave[self.rotary], strict=True)
         )
-        return handed and turned and torch.equal(out.logits, logits)
+        return handed and turned and torch.equal(out, logits[0])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runtime.attention import Pass, attends
 from runtime.batch import Batch
 from runtime.kernels.arguments import GATES
 from runtime.kv_cache import KVCache
@@ -68,7 +69,7 @@ class FusedLayer(nn.Module):
 
     def __init__(
         self, inner: nn.Module, parts: Parts, norms: tuple[Norm, Norm], head_norms: tuple[Norm, Norm] | None,
-        activation: str, scoring: Scoring, index: int, kernels: ModuleType,
+        activation: str, scoring: Scoring, index: int, kernels: ModuleType, under_way: Pass,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in vars(inner).items():
@@ -82,14 +83,12 @@ class FusedLayer(nn.Module):
         self._activation = activation
         self._scoring = scoring
         self._kernels = kernels
+        self._under_way = under_way
 
-    def forward(
-        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], batch: Batch, paged: KVCache,
-        **__: Any,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
         """[1, T, W] -> [1, T, W], as transformers' loop calls a layer."""
         cos, sin = position_embeddings
-        x, update = self.step(hidden_states[0], None, cos[0], sin[0], batch, paged)
+        x, update = self.step(hidden_states[0], None, cos[0], sin[0], self._under_way.batch, self._under_way.cache)
         return (x + update)[None]
 
     def step(
@@ -116,11 +115,13 @@ class FusedLayer(nn.Module):
 
 def match(layer: nn.Module, head_dim: int) -> tuple[Parts, int] | None:
     """The parts of a layer and its place in the cache, if its modules are those of the structure."""
-    attentions = [child for child in layer.children() if isinstance(getattr(child, "layer_idx", None), int)]
+    attentions = [child for child in layer.children() if attends(child)]
     blocks = [child for child in layer.children() if any(isinstance(x, RowParallel) for x in child.children())]
     norms = [child for child in layer.children() if child not in blocks]
     if len(attentions) != 1 or len(blocks) != 2 or attentions[0] not in blocks or len(norms) != 2:
         return None
+    if hasattr(attentions[0], "spread"):
+        return None  # its heads are uneven on some rank of the group
     (attention,) = attentions
     (mlp,) = (block for block in blocks if block is not attention)
     found, gated = _projections(attention, 3), _projections(mlp, 2)

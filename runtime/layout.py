@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from runtime.attention import Spread, attends
 from runtime.checkpoint import ModelError
 from runtime.kv_cache import CacheShape
-from runtime.shard import Span, head_spans, segments, spans, vocabulary_spans
+from runtime.shard import HeadShare, Span, head_shares, output_spans, segments, spans, vocabulary_spans
 from runtime.skeleton import path_of
 
-WHOLE = {"replicated_with_grad_allreduce", "replicated"}
+WHOLE = {"replicated_with_grad_allreduce", "replicated", "mla_kv_a_proj", "local_params"}
 KINDS = {"colwise", "rowwise", "colwise_gather_output", "rowwise_split_input"}
 
 
@@ -62,11 +63,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """One rank's part of a model. `whole`: linears that every rank holds in full, in the model's dtype."""
+    """One rank's part of a model.
+
+    whole: linears that every rank holds in full, in the model's dtype. parameters: the rows of bare parameters that are
+    split. spreads: of attention modules, if on some rank of the group more queries read one KV head than another.
+    """
 
     columns: list[Columns]
     rows: list[Rows]
     whole: list[str]
+    parameters: dict[str, Span]
+    spreads: dict[str, Spread]
     embedding: str
     embedding_span: Span
     head: str
@@ -77,9 +84,6 @@ class Layout:
 def lay_out(model: PreTrainedModel, group_size: int, rank: int, size: int) -> Layout:
     """Splits a model; `group_size` is of the quantisation, 1 without. Raises CannotShard, ModelError."""
     config = model.config.get_text_config()
-    heads: int = config.num_attention_heads
-    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
-    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
         raise ModelError(f"{config.model_type} has no plain embedding and output head; it cannot run here")
@@ -97,31 +101,23 @@ def lay_out(model: PreTrainedModel, group_size: int, rank: int, size: int) -> La
                 whole.append(path)
         else:
             raise ModelError(f"{config.model_type} splits {path} ({type(module).__name__}) as {kind!r}, unknown here")
-    _no_split_parameters(model)
 
     columns: list[Columns] = []
     rows: list[Rows] = []
-    sharded_heads = kv_heads
+    heads = _Heads(model, group_size, rank, size)
     for parent, kinds in planned.items():
-        block = _Block(model, parent, kinds)
+        if bool(kinds["colwise"]) != bool(kinds["rowwise"]):
+            raise ModelError(f"{parent}: a split of its outputs and the sum that undoes it must stand in one module")
         if kinds["colwise"]:
-            if hasattr(model.get_submodule(parent), "layer_idx"):
-                units = head_spans(kv_heads, block.inputs, group_size, size)
-                mine = units[rank].scaled(block.inputs, kv_heads)
-                parts = segments(partial(head_spans, kv_heads, block.inputs, group_size))
-                parts = tuple(part.scaled(block.inputs, kv_heads) for part in parts)
-                sharded_heads = units[rank].width
-                shares = tuple(units[rank].scaled(block.outputs(path, kv_heads), kv_heads) for path in kinds["colwise"])
-            else:
-                mine = spans(block.inputs, group_size, size, f"inputs of {kinds['rowwise'][0]}")[rank]
-                parts = segments(partial(spans, block.inputs, group_size))
-                shares = tuple(mine.scaled(block.outputs(path, block.inputs), block.inputs) for path in kinds["colwise"])
-                if size > 1 and any(share != mine for share in shares):
-                    raise ModelError(f"{parent}: its projections don't have as many outputs as the next has inputs")
-            columns.append(Columns(tuple(kinds["colwise"]), shares))
+            attention = attends(model.get_submodule(parent))
+            shares, mine, parts = (heads if attention else _Inner(model, group_size, rank, size)).split(parent, kinds)
+            alike: dict[int, list[str]] = defaultdict(list)  # inputs -> paths
+            for path in kinds["colwise"]:
+                alike[_linear(model, path).in_features].append(path)
+            columns.extend(Columns(tuple(paths), tuple(shares[path] for path in paths)) for paths in alike.values())
             rows.extend(Rows(path, mine, parts) for path in kinds["rowwise"])
         for path in kinds["colwise_gather_output"]:
-            every = tuple(spans(_linear(model, path).out_features, 16, size, f"outputs of {path}"))
+            every = tuple(output_spans(_linear(model, path).out_features, size, f"outputs of {path}"))
             columns.append(Columns((path,), (every[rank],), every))
         for path in kinds["rowwise_split_input"]:
             inputs = _linear(model, path).in_features
@@ -132,31 +128,86 @@ def lay_out(model: PreTrainedModel, group_size: int, rank: int, size: int) -> La
         columns=columns,
         rows=rows,
         whole=whole,
+        parameters=_split_parameters(model, heads),
+        spreads=heads.spreads,
         embedding=path_of(model, embedding),
         embedding_span=vocabulary_spans(embedding.num_embeddings, size)[rank],
         head=path_of(model, head),
         head_span=vocabulary_spans(head.out_features, size)[rank],
-        cache_shape=CacheShape(config.num_hidden_layers, sharded_heads, head_dim),
+        cache_shape=CacheShape(config.num_hidden_layers, heads.kept, head_dim(config)),
     )
 
 
-class _Block:
-    """A module with split linears, and the checks that they belong together."""
+def head_dim(config: PretrainedConfig) -> int:
+    """The width of a cached key or value: the wider one, where they differ."""
+    widths = [getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0), getattr(config, "v_head_dim", 0)]
+    plain: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return max(*widths, plain)
 
-    def __init__(self, model: PreTrainedModel, parent: str, kinds: dict[str, list[str]]) -> None:
-        self._model, self._parent = model, parent
-        if bool(kinds["colwise"]) != bool(kinds["rowwise"]):
-            raise ModelError(f"{parent}: a split of its outputs and the sum that undoes it must stand in one module")
-        inputs = {_linear(model, path).in_features for path in kinds["rowwise"]}
-        if len(inputs) > 1 or len({_linear(model, path).in_features for path in kinds["colwise"]}) > 1:
-            raise ModelError(f"{parent}: its split projections don't read the same input")
-        self.inputs = inputs.pop() if inputs else 0
 
-    def outputs(self, path: str, units: int) -> int:
+class _Inner:
+    """Splits a block whose inner width is its own affair, such as gate, up and down."""
+
+    def __init__(self, model: PreTrainedModel, group_size: int, rank: int, size: int) -> None:
+        self._model, self._group_size, self._rank, self._size = model, group_size, rank, size
+
+    def split(self, parent: str, kinds: dict[str, list[str]]) -> tuple[dict[str, Span], Span, tuple[Span, ...]]:
+        """Of each projection the outputs, and of the next the inputs, that this rank holds; and the latter's segments."""
+        inputs = _inputs(self._model, parent, kinds)
+        mine = spans(inputs, self._group_size, self._size, f"inputs of {kinds['rowwise'][0]}")[self._rank]
+        if self._size > 1 and any(_linear(self._model, path).out_features != inputs for path in kinds["colwise"]):
+            raise ModelError(f"{parent}: its projections don't have as many outputs as the next has inputs")
+        shares = {path: mine.scaled(_linear(self._model, path).out_features, inputs) for path in kinds["colwise"]}
+        return shares, mine, segments(partial(spans, inputs, self._group_size))
+
+
+class _Heads:
+    """Splits attention blocks by their heads. shares, spreads: of those split so far; kept: this rank's KV heads."""
+
+    def __init__(self, model: PreTrainedModel, group_size: int, rank: int, size: int) -> None:
+        config = model.config.get_text_config()
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
+        if self.heads % self.kv_heads:
+            raise ModelError(f"{config.model_type}: {self.heads} heads don't share {self.kv_heads} KV heads evenly")
+        self.shares: dict[str, HeadShare] = {}
+        self.spreads: dict[str, Spread] = {}
+        self.kept = self.kv_heads
+        self._widths = {head_dim(config), getattr(config, "head_dim", None), getattr(config, "v_head_dim", None)} - {None}
+        self._model, self._group_size, self._rank, self._size = model, group_size, rank, size
+
+    def split(self, parent: str, kinds: dict[str, list[str]]) -> tuple[dict[str, Span], Span, tuple[Span, ...]]:
+        """Of each projection the outputs, and of the next the inputs, that this rank holds; and the latter's segments."""
+        inputs = _inputs(self._model, parent, kinds)
+        if inputs % self.heads:
+            raise ModelError(f"{parent}: {inputs} outputs don't divide into {self.heads} heads")
+        together = self.heads // getattr(self._model.get_submodule(parent), "mp_num", self.heads)
+        share_out = partial(
+            head_shares, self.heads, self.kv_heads, inputs // self.heads, self._group_size, together=together
+        )
+        every = share_out(self._size)
+        mine = self.shares[parent] = every[self._rank]
+        if not all(share.even(self.heads // self.kv_heads) for share in every):
+            self.spreads[parent] = Spread.of(mine, self.heads // self.kv_heads)
+        self.kept = mine.keys.width
+        parts = segments(lambda size: [share.queries.scaled(inputs, self.heads) for share in share_out(size)])
+        shares = {path: self._outputs(path, mine) for path in kinds["colwise"]}
+        return shares, mine.queries.scaled(inputs, self.heads), parts
+
+    def _outputs(self, path: str, mine: HeadShare) -> Span:
         outputs = _linear(self._model, path).out_features
-        if outputs % units:
-            raise ModelError(f"{path} has {outputs} outputs, which don't divide into the {units} parts of {self._parent}")
-        return outputs
+        if outputs // self.kv_heads in self._widths and outputs % self.kv_heads == 0:
+            return mine.keys.scaled(outputs, self.kv_heads)
+        if outputs % self.heads:
+            raise ModelError(f"{path} has {outputs} outputs, which don't divide into {self.heads} heads")
+        return mine.queries.scaled(outputs, self.heads)
+
+
+def _inputs(model: PreTrainedModel, parent: str, kinds: dict[str, list[str]]) -> int:
+    inputs = {_linear(model, path).in_features for path in kinds["rowwise"]}
+    if len(inputs) > 1:
+        raise ModelError(f"{parent}: its split projections don't read the same input")
+    return inputs.pop()
 
 
 def _linear(model: PreTrainedModel, path: str) -> nn.Linear:
@@ -176,9 +227,15 @@ def _matches(pattern: str, path: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), path) is not None
 
 
-def _no_split_parameters(model: PreTrainedModel) -> None:
-    """Plans may split bare parameters too, such as attention sinks; those aren't supported yet."""
-    modules = {path for path, _ in model.named_modules()}
-    for path, _ in model.named_parameters():
-        if path not in modules and (kind := _kind(model, path)) in KINDS and path.rpartition(".")[2] not in ("weight", "bias"):
+def _split_parameters(model: PreTrainedModel, heads: _Heads) -> dict[str, Span]:
+    """The rows of bare parameters that plans split: one for each head, such as attention sinks."""
+    found = {}
+    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    for path, parameter in model.named_parameters():
+        parent = path.rpartition(".")[0]
+        if parent in linears or (kind := _kind(model, path)) not in KINDS:
+            continue
+        if kind != "colwise" or parent not in heads.shares or parameter.shape != (heads.heads,):
             raise ModelError(f"{model.config.model_type} splits the parameter {path} as {kind!r}, unknown here")
+        found[path] = heads.shares[parent].queries
+    return found

@@ -97,7 +97,9 @@ class Loader:
             swaps[path] = ColumnParallel(siblings)
         for path, swap in swaps.items():
             replace(self.module, path, swap)
-        return held + self._rest() + (self.belt.start() if self.belt is not None else 0)
+        for path, spread in layout.spreads.items():
+            self.module.get_submodule(path).spread = spread.to(self.device)  # type: ignore[assignment]
+        return held + self._rest(layout.parameters) + (self.belt.start() if self.belt is not None else 0)
 
     def _head(self, path: str, stored: str, span: Span, table: Tensor | None) -> Product:
         """The head's product; `table` is the embedding's weight if it is the head's too; `stored`: its name in the files."""
@@ -208,14 +210,15 @@ class Loader:
         # A copy: what safetensors returns may be the mapped file itself, unaligned and at the mercy of its owner.
         return self.checkpoint.read(name, rows, columns).to(self.device, self.dtype, copy=True)
 
-    def _rest(self) -> int:
+    def _rest(self, spans: dict[str, Span]) -> int:
         """Norms and whatever else is neither linear nor embedding, and the computed buffers."""
         held = 0
         for path, module in self.module.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta or f"{prefix}{name}" in self.checkpoint.shapes:
-                    setattr(module, name, nn.Parameter(self._read(f"{prefix}{name}"), requires_grad=False))
+                    value = self._read(f"{prefix}{name}", spans.get(f"{prefix}{name}"))
+                    setattr(module, name, nn.Parameter(value, requires_grad=False))
                     held += getattr(module, name).nbytes
             for name, buffer in list(module.named_buffers(recurse=False)):
                 stored = name not in module._non_persistent_buffers_set

@@ -9,23 +9,25 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from configs.schema import ModelConfig
+from runtime.attention import Pass
 from runtime.batch import Batch
 from runtime.belt import Belt
 from runtime.checkpoint import DTYPES, Checkpoint, ModelError, read_json
 from runtime.comm import Communicator
-from runtime.decoder import Decoder, fuse
+from runtime.decoder import Decoder, Trial, fuse
 from runtime.kernels import reference, select
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layout import lay_out
 from runtime.loader import Loader
 from runtime.pointwise import steady
 from runtime.quantize.schemes import Scheme, read_schemes
+from runtime.rope import longest
 from runtime.sequence import GREEDY_BELOW
-from runtime.skeleton import ATTENTION, build_config, build_skeleton, tied_weights, weight_names
+from runtime.skeleton import build_config, build_skeleton, present_names, tied_weights, weight_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class Model:
     """One rank's part of a causal language model; `load_model` makes it.
 
     dtype: of activations, cache and unquantised weights. cache_shape: what `KVCache` needs. vocab_first: the id of the
-    first token of this rank's slice; vocab_size: of all ranks together. max_model_len: positions the model knows.
+    first token of this rank's slice; vocab_size: of all ranks together. max_model_len: of a sequence, in tokens.
     end_tokens: its own. digest: hex, of the checkpoint, the same on all ranks. num_parameters: of the whole model.
     weight_bytes: of this rank's weights as they are held. ranks_alike: whether the same bits come from 1, 2, 4 and
     8 ranks. decoder: runs the model in transformers' place, if it can.
@@ -52,6 +54,7 @@ class Model:
     num_parameters: int
     weight_bytes: int
     ranks_alike: bool
+    under_way: Pass
     decoder: Decoder | None
 
     @torch.inference_mode()
@@ -63,18 +66,7 @@ class Model:
         """
         if self.decoder is not None:
             return self.decoder(batch, cache)
-        output = self.module(
-            batch.tokens[None],
-            position_ids=batch.positions[None],
-            use_cache=False,
-            logits_to_keep=batch.logits_at,
-            batch=batch,
-            paged=cache,
-            kernels=self.kernels,
-        )
-        logits: Tensor = output.logits[0]
-        return logits
-
+        return self.under_way.run(self.module, batch, cache, self.kernels)
 
     @torch.inference_mode()
     def best(
@@ -91,36 +83,16 @@ class Model:
         return best
 
 
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float | None = None, batch: Batch, paged: KVCache, kernels: ModuleType, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function over our cache: query [1, H, T, D], key and value [1, KV, T, D] -> [1, T, H, D].
-
-    Arguments of our own reach it through every layer; `paged` is the cache, as `cache` is a name of transformers'.
-    """
-    if attention_mask is not None or not getattr(module, "is_causal", True):
-        raise ModelError(f"{type(module).__name__} asks for another mask than the causal one; it cannot run here")
-    keys, values = paged.keys[module.layer_idx], paged.values[module.layer_idx]  # type: ignore[index]
-    kernels.write_cache(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slots)
-    out = kernels.paged_attention(
-        query[0].transpose(0, 1), keys, values, batch.tables, batch.rows, batch.reach,
-        scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window or 0, softcap or 0.0, s_aux,
-    )  # fmt: skip
-    return out[None], None
-
-
-AttentionInterface.register(ATTENTION, attend)
-
 
 def load_model(
-    config: ModelConfig, comm: Communicator, device: torch.device | str = "cpu", visiting: bool = False
-) -> Model:
+    config: ModelConfig, comm: Communicator, device: torch.device | str = "cpu", length: int | None = None,
+    visiting: bool = False,
+) -> Model:  # fmt: skip
     """Builds the architecture, reads this rank's slices of the checkpoint, quantises and packs them.
 
     Weights that are stored in four bits are taken as they are, in the checkpoint's own groups; with quantization: none
-    they are expanded to `dtype`. visiting: the dense weights of layers stay in host memory, and are on the device by turns.
+    they are expanded to `dtype`. length: the longest sequence there will be, by default the longest that the model knows.
+    visiting: the dense weights of layers stay in host memory, and are on the device by turns.
 
     Names, shapes and files are checked before anything is computed. Raises ModelError, CannotShard.
     """
@@ -128,10 +100,17 @@ def load_model(
     if config.activations == "auto":
         config = config.model_copy(update={"activations": "int8" if device.type == "cpu" else "16bit"})
     description = build_config(config.target)
+    known = longest(description)
+    if length is not None and length > known:
+        raise ModelError(
+            f"engine.max_model_len is {length}, and {config.target} knows {known} positions, its rotary scaling included; "
+            "lower it, or set a scaling under rope_parameters in config.json"
+        )
     checkpoint = Checkpoint(config.target)
     try:
         dtype = _dtype(config, description, checkpoint)
-        module = build_skeleton(description, dtype)
+        module = build_skeleton(description, dtype, length)
+        checkpoint.rename(present_names(module))
         expected = dict(weight_names(module))
         tied = tied_weights(module)
         num_parameters = sum(weight.numel() for name, weight in module.named_parameters() if name in expected)
@@ -150,8 +129,12 @@ def load_model(
     if device.type == "cpu":
         steady(module)
     # On a GPU the reference's operations, which fold sums by halves, are no faster than transformers' own.
-    rounds = config.quantization == "int4" and config.activations == "int8"
     own = device.type == "cpu" or kernels is not reference
+    rounds = config.quantization == "int4" and config.activations == "int8"
+    trial = Trial(module, kernels, layout.cache_shape, dtype, rounds)
+    decoder = fuse(trial) if own else None
+    if decoder is None:
+        trial.run()
     return Model(
         module=module,
         kernels=kernels,
@@ -160,13 +143,14 @@ def load_model(
         cache_shape=layout.cache_shape,
         vocab_first=layout.head_span.start,
         vocab_size=vocab_size,
-        max_model_len=description.get_text_config().max_position_embeddings,
+        max_model_len=length or known,
         end_tokens=_end_tokens(config, description),
         digest=checkpoint.digest,
         num_parameters=num_parameters,
         weight_bytes=held,
         ranks_alike=loader.ranks_alike,
-        decoder=fuse(module, kernels, layout.cache_shape, dtype, rounds) if own else None,
+        under_way=trial.under_way,
+        decoder=decoder,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from math import gcd
+from math import gcd, lcm
 from typing import NamedTuple
 
 VOCABULARY_UNIT = 16
@@ -47,22 +47,55 @@ def spans(total: int, unit: int, size: int, what: str = "dimension") -> list[Spa
     return [Span(first, last) for first, last in pairwise(edges)]
 
 
-def head_spans(kv_heads: int, inputs: int, group_size: int, size: int) -> list[Span]:
-    """Splits the KV heads of an attention block, whose output projection has `inputs` inputs.
+class HeadShare(NamedTuple):
+    """One rank's heads of an attention block: its query heads, and the KV heads that these read."""
 
-    A rank's slice of those inputs is made of whole groups of `group_size` (1: no groups), so several heads stay
-    together where one head's inputs are no whole number of groups. Raises CannotShard.
+    queries: Span
+    keys: Span
+
+    def even(self, share: int) -> bool:
+        """Whether equally many of the queries read each of the keys; `share`: queries to a KV head in the whole model."""
+        return self.keys.width == 1 or self.queries == self.keys.scaled(share)
+
+
+def head_shares(heads: int, kv_heads: int, width: int, group_size: int, size: int, together: int = 1) -> list[HeadShare]:
+    """Splits an attention block, whose output projection has `width` inputs for each query head.
+
+    A rank's slice of those inputs is made of whole groups of `group_size` (1: no groups), and `together` heads are never
+    parted. KV heads stay whole with all their queries if there are enough of them. If not, each rank has a single KV
+    head and some of its queries; and where groups don't end with KV heads, queries are cut wherever a group ends.
+    Raises CannotShard.
     """
-    width = inputs // kv_heads
-    together = group_size // gcd(width, group_size)
+    share = heads // kv_heads
+    groups = group_size // gcd(width, group_size)
+    cut = lcm(groups, together)
+    whole = lcm(cut, share)
+    if -(-heads // whole) >= size:
+        return [HeadShare(part, part.scaled(1, share)) for part in spans(heads, whole, size)]
+    if kv_heads < size and share % cut == 0 and share // cut >= -(-size // kv_heads):
+        return [
+            HeadShare(Span(share * key + part.start, share * key + part.stop), Span(key, key + 1))
+            for key, ranks in enumerate(_even(size, kv_heads))
+            for part in spans(share, cut, ranks)
+        ]
     try:
-        return spans(kv_heads, together, size, "KV heads")
+        parts = spans(heads, cut, size, "query heads")
     except CannotShard as error:
-        if together == 1:
+        if groups == 1:
             raise
         raise CannotShard(
-            f"{error} (groups of {group_size} weights keep {together} heads together: a smaller model.group_size helps)"
+            f"{error} (groups of {group_size} weights keep {groups} heads together: a smaller model.group_size helps)"
         ) from None
+    return [HeadShare(part, Span(part.start // share, -(-part.stop // share))) for part in parts]
+
+
+def _even(total: int, parts: int) -> list[int]:
+    return [(part + 1) * total // parts - part * total // parts for part in range(parts)]
+
+
+def output_spans(total: int, size: int, what: str) -> list[Span]:
+    """Splits outputs that are put together again, in sixteens or in the largest smaller power of two that suffices."""
+    return spans(total, next((unit for unit in (16, 8, 4, 2) if -(-total // unit) >= size), 1), size, what)
 
 
 def segments(split: Callable[[int], Sequence[Span]]) -> tuple[Span, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
+from runtime.architecture import check_parts, understand
 from runtime.checkpoint import ModelError, read_json
+from runtime.rope import longest, settle
 
 ATTENTION = "quasar"  # what our attention is called in transformers' registry
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Rotary embeddings that change with the longest sequence of a batch: a row would depend on its neighbours.
-SHIFTING_ROPE = {"dynamic", "longrope"}
 
 # While it builds, transformers sets torch's default dtype, which threads share.
 _BUILDING = threading.Lock()
@@ -42,45 +42,44 @@ def build_config(directory: str | Path) -> PretrainedConfig:
     raw = read_json(directory, "config.json")
     if not raw:
         raise ModelError(f"{directory / 'config.json'} is missing; model.target names a downloaded Hugging Face model")
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises KeyError, ValueError, OSError, TypeError and validation errors
-        raise ModelError(f"{directory / 'config.json'} describes no model transformers can build: {error}") from error
+    config = understand(raw, str(directory))
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # `runtime.quantize.schemes` reads it; transformers would ask for its libraries
-    text = config.get_text_config()
-    other = set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES
-    if other:
-        raise ModelError(f"{config.model_type} has layers of type {', '.join(sorted(other))}; only attention runs here")
-    rope = json.dumps(getattr(text, "rope_parameters", None) or {}, default=str)
-    for kind in SHIFTING_ROPE:
-        if f'"{kind}"' in rope:
-            raise ModelError(
-                f"{config.model_type}'s rotary embedding is of type {kind}: it changes with the longest sequence of a "
-                "batch, so that output would depend on what else runs; choose another rope type in config.json"
-            )
     return config
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, length: int | None = None) -> PreTrainedModel:
     """The model with weights on the meta device and computed buffers (rotary frequencies and such) on the CPU.
 
-    Raises ModelError for an architecture without a tensor-parallel plan.
+    length: the longest sequence there will be, by default the longest that the config knows: some rotary embeddings
+    depend on it. Raises ModelError for an architecture that cannot run here.
     """
     try:
         with _BUILDING, _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot build a {config.model_type} for text generation: {error}") from error
-    if not any(kind == "rowwise" or kind == "rowwise_split_input" for kind in (model._tp_plan or {}).values()):
-        raise ModelError(f"{config.model_type} has no tensor-parallel plan in transformers, so it cannot run here")
+    check_parts(model)
+    settle(model, length or longest(config))
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             raise ModelError(f"{config.model_type}: the buffer {name} cannot be computed before loading")
-    if model.config.get_text_config().is_encoder_decoder:
-        raise ModelError(f"{config.model_type} is an encoder-decoder; only decoders run here")
     model.config._attn_implementation = ATTENTION
     return model.eval().requires_grad_(False)
+
+
+def present_names(model: PreTrainedModel) -> Callable[[str], str]:
+    """What the architecture calls a tensor that a checkpoint, maybe an older one, has under some name."""
+    renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+    known = set(model.state_dict(keep_vars=True))
+
+    def present(name: str) -> str:
+        if name not in known:
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+        return name
+
+    return present
 
 
 def weight_names(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...]]]:

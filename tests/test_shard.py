@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runtime.layout import Rows
 from runtime.quantize.int4 import quantize
-from runtime.shard import CannotShard, Span, head_spans, segments, spans, vocabulary_spans
+from runtime.shard import CannotShard, Span, head_shares, segments, spans, vocabulary_spans
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 16, 32, 64, 128]), st.integers(1, 9))
@@ -50,27 +50,34 @@ def test_what_is_no_whole_branch_is_known() -> None:
 @given(st.integers(1, 16), st.integers(1, 8), st.sampled_from([8, 16, 64, 80, 128]), st.sampled_from([1, 32, 64, 128]),
        st.integers(1, 8))  # fmt: skip
 def test_heads_split_where_groups_end(kv_heads: int, share: int, head_dim: int, group_size: int, size: int) -> None:
-    inputs = kv_heads * share * head_dim
-    assume(inputs % group_size == 0)
-    together = group_size // gcd(share * head_dim, group_size)
-    if -(-kv_heads // together) < size:
+    heads = kv_heads * share
+    assume(heads * head_dim % group_size == 0)
+    together = group_size // gcd(head_dim, group_size)
+    if -(-heads // together) < size:
         with pytest.raises(CannotShard, match=r"parallel\.tensor"):
-            head_spans(kv_heads, inputs, group_size, size)
+            head_shares(heads, kv_heads, head_dim, group_size, size)
         return
-    found = head_spans(kv_heads, inputs, group_size, size)
-    assert found[-1].stop == kv_heads
-    for heads in found:
-        part = heads.scaled(inputs, kv_heads)
-        assert part.start % group_size == 0 and part.stop % group_size == 0
-        assert part.width == heads.width * share * head_dim
+    found = head_shares(heads, kv_heads, head_dim, group_size, size)
+    assert [part.queries.start for part in found] == [0, *(part.queries.stop for part in found[:-1])]
+    assert found[-1].queries.stop == heads
+    for queries, keys in found:
+        assert queries.width > 0 and queries.scaled(head_dim).start % group_size == 0
+        assert keys == Span(queries.start // share, -(-queries.stop // share))  # those that are read and no more
+    if kv_heads % size == 0 and share * head_dim % group_size == 0:
+        assert all(part.even(share) and part.queries.width * size == heads for part in found)
 
 
-def test_heads_that_groups_keep_together() -> None:
-    assert head_spans(4, 4 * 64, 128, 2) == [Span(0, 2), Span(2, 4)]
-    with pytest.raises(CannotShard, match=r"2 heads together: a smaller model.group_size helps"):
-        head_spans(4, 4 * 64, 128, 4)
-    with pytest.raises(CannotShard, match=r"KV heads: 2 .* too few for 4 ranks; set parallel.tensor to 2 or less"):
-        head_spans(2, 256, 32, 4)
+def test_heads_of_few_keys_are_split_and_the_keys_repeated() -> None:
+    assert head_shares(8, 2, 64, 128, 2) == [(Span(0, 4), Span(0, 1)), (Span(4, 8), Span(1, 2))]
+    assert head_shares(8, 2, 64, 128, 4) == [(Span(2 * i, 2 * i + 2), Span(i // 2, i // 2 + 1)) for i in range(4)]
+    assert head_shares(8, 2, 64, 1, 3) == [(Span(0, 4), Span(0, 1)), (Span(4, 6), Span(1, 2)), (Span(6, 8), Span(1, 2))]
+    # A KV head's seven queries are no whole number of groups: one rank reads two.
+    odd = head_shares(14, 2, 64, 128, 2)
+    assert odd == [(Span(0, 6), Span(0, 1)), (Span(6, 14), Span(0, 2))] and [part.even(7) for part in odd] == [True, False]
+    with pytest.raises(CannotShard, match=r"keep 2 heads together: a smaller model.group_size helps"):
+        head_shares(8, 2, 64, 128, 5)
+    with pytest.raises(CannotShard, match=r"query heads: 2 .* too few for 4 ranks; set parallel.tensor to 2 or less"):
+        head_shares(2, 2, 128, 32, 4)
 
 
 def test_vocabulary_in_sixteens() -> None:

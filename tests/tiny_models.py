@@ -142,12 +142,14 @@ def run(model: Model, batches: list[list[tuple[int, Piece]]], num_sequences: int
     return [torch.cat(rows) for rows in parts]
 
 
-def logits_on(size: int, config: ModelConfig, sequences: list[list[int]], rng: random.Random, largest: int = 9) -> list[Tensor]:
+def logits_on(
+    size: int, config: ModelConfig, sequences: list[list[int]], rng: random.Random, largest: int = 9, length: int | None = None
+) -> list[Tensor]:
     """The sequences' logits over the whole vocabulary, from a group of `size` ranks and random batches."""
     batches = ragged(sequences, rng, largest)
 
     def work(comm: Communicator) -> tuple[int, list[Tensor]]:
-        model = load_model(config, comm)
+        model = load_model(config, comm, length=length)
         return model.vocab_first, run(model, batches, len(sequences))
 
     ranks = on_ranks(size, work)

@@ -81,7 +81,7 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     inner: Communicator = connected if config.certified else comm
     models = load_models(config, comm, inner, device)
     verifier = models.verifier
-    longest = min(config.engine.max_model_len or verifier.max_model_len, verifier.max_model_len)
+    longest = verifier.max_model_len
     if isinstance(connected, SharedMemory):
         connected.timeout = config.coordination.timeout  # from here on a collective takes a forward at the longest
     num_blocks = size_cache(config, place, device, longest, models.cached)

@@ -62,7 +62,8 @@ def load_verifier(config: RunConfig, comm: Communicator, device: torch.device) -
             f"{directory} is stored in few bits, and what certifies is the 16-bit model it was made of: name that model's "
             "directory in verification.reference"
         )
-    return load_model(config.verifier, comm, device, visiting=config.verification.certify_weights == "host")
+    visiting = config.verification.certify_weights == "host"
+    return load_model(config.verifier, comm, device, config.engine.max_model_len, visiting)
 
 
 def load_cheap(config: RunConfig, verifier: Model, comm: Communicator, device: torch.device) -> Model:
@@ -70,7 +71,7 @@ def load_cheap(config: RunConfig, verifier: Model, comm: Communicator, device: t
     reference, target = Path(config.verifier.target), Path(config.model.target)
     check_same_words("model.target", target, reference)
     dtype = str(verifier.dtype).removeprefix("torch.")
-    cheap = load_model(config.model.model_copy(update={"dtype": dtype}), comm, device)
+    cheap = load_model(config.model.model_copy(update={"dtype": dtype}), comm, device, config.engine.max_model_len)
     if (cheap.cache_shape, cheap.vocab_size) != (verifier.cache_shape, verifier.vocab_size):
         raise BuildRefused(
             f"verification.certify: {target} has {tuple(cheap.cache_shape)} layers, key-value heads on this rank and their "

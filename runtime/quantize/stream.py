@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from runtime.checkpoint import DTYPES, INDEX, Checkpoint, ModelError, read_json
 from runtime.quantize.layer import Recipe, Run, quantize_layer
 from runtime.quantize.written import description, expanded, packed_tensors
-from runtime.skeleton import build_config, build_skeleton, path_of, tied_weights, weight_names
+from runtime.skeleton import build_config, build_skeleton, path_of, present_names, tied_weights, weight_names
 
 MARK = "quantization_recipe.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -48,6 +48,7 @@ def quantize_model(
     module = build_skeleton(build_config(source), torch.float32)
     module.config._attn_implementation = "eager"  # the one that every architecture has, soft caps and sinks included
     checkpoint = Checkpoint(source)
+    checkpoint.rename(present_names(module))
     try:
         checkpoint.check(dict(weight_names(module)), set(checkpoint.shapes) & set(tied_weights(module)))
         layers = decoder_layers(module)

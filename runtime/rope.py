@@ -1,0 +1,56 @@
+"""Rotary embeddings for long contexts, so that a row's angles depend on its position alone.
+
+Two kinds of scaling in transformers change with the longest sequence that has been seen: `dynamic` stretches more the
+longer it is, and `longrope` has one set of factors for short and one for long sequences. Either would tie a row to its
+neighbours, and to keys that are in the cache already. Here the longest sequence that a run admits decides, once. A
+sequence of just that length gets what transformers gives it; so does any other where the run stays within the length
+that the model was trained for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+SHIFTING = {"dynamic", "longrope"}
+
+
+def longest(config: PretrainedConfig) -> int:
+    """Positions that the model knows, prompt and output together, with what its rotary scaling adds to them."""
+    config = config.get_text_config()
+    known: int = config.max_position_embeddings
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
+    if kind in ("linear", "dynamic"):
+        return int(known * factor)
+    if kind == "yarn":  # some configs count the stretched positions already, others don't
+        return max(known, int(rope.get("original_max_position_embeddings", known) * factor))
+    return known
+
+
+def settle(model: nn.Module, length: int) -> None:
+    """Computes the frequencies of embeddings that shift with a sequence's length for this one, for good."""
+    for module, prefix, kind, which in _rotary(model):
+        if kind in SHIFTING:
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, None, seq_len=length, **which)
+            getattr(module, f"{prefix}inv_freq").copy_(frequencies)
+            setattr(module, f"{prefix}attention_scaling", scaling)
+            if which:
+                module.rope_type[which["layer_type"]] = "settled"
+            else:
+                module.rope_type = "settled"
+
+
+def _rotary(model: nn.Module) -> Iterator[tuple[Any, str, str, dict[str, str]]]:
+    """Rotary embeddings: the module, what its buffers' names begin with, the kind, and which of its layer types it is."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            yield module, "", kinds, {}
+        elif isinstance(kinds, dict):
+            for layer_type, kind in kinds.items():
+                yield module, f"{layer_type}_", kind, {"layer_type": layer_type}

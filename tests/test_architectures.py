@@ -1,0 +1,54 @@
+"""Every causal-LM architecture of transformers: it gives transformers' logits on any number of ranks, or says why not.
+
+All of them run in float32 on 1 to 4 ranks, token by token or in chunks, with 1, 2 or 4 KV heads for 8 query heads. With four
+bits, whose cuts depend on groups and not on the architecture, each runs on a number of ranks that is drawn.
+"""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from architectures import KINDS, build, quantised, row
+from tiny_models import config_of, logits_on, prompts, reference
+
+from runtime.checkpoint import ModelError
+
+MODELS = Path(__file__).parents[1] / "MODELS.md"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def listed() -> dict[str, str]:
+    """The rows of the table in MODELS.md by architecture."""
+    return {match[1]: match[0] for match in re.finditer(r"^\| `([^`]+)` \|.*$", MODELS.read_text(), re.M)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_runs_as_in_transformers_or_says_why_not(kind: str, seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    why = ""
+    try:
+        model = build(kind, tmp_path, seed, num_key_value_heads=rng.choice([1, 2, 4]))
+        sequences = prompts(rng, 3)
+        wanted = [reference(model, tokens) for tokens in sequences]
+        for size in (1, 2, 3, 4):
+            found = logits_on(size, config_of(tmp_path), sequences, rng, rng.choice([1, 5, 40]))
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
+        quantised(model, tmp_path, 32)
+        wanted = [reference(model, tokens) for tokens in sequences]
+        config = config_of(tmp_path, quantization="int4", group_size=32, activations="16bit")
+        for a, b in zip(logits_on(rng.randint(1, 4), config, sequences, rng), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
+    except ModelError as error:
+        why = str(error)
+    if f"transformers {transformers.__version__}" in MODELS.read_text():
+        assert row(kind, why) == listed()[kind], "python -m tests.architectures makes the table anew"
+
+
+def test_the_table_lists_all() -> None:
+    if f"transformers {transformers.__version__}" in MODELS.read_text():
+        assert sorted(listed()) == KINDS
