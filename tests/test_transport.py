@@ -124,6 +124,21 @@ def test_the_watchdog_ends_a_rank_that_is_told_to_stop(endpoint: str) -> None:
     assert process.returncode == exits.DISAGREED and "they differ" in printed
 
 
+def test_the_watchdog_ends_a_rank_whose_output_nobody_reads(endpoint: str) -> None:
+    """A launcher that died took the other end of the pipe along; the rank must not live on without a watchdog."""
+    process = watched(endpoint)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(20) == exits.LOST
+
+
+def test_a_watchdog_that_fails_ends_its_rank() -> None:
+    process = watched("nowhere://at-all")
+    _, printed = process.communicate(timeout=20)
+    assert process.returncode == exits.UNFORESEEN and "its watchdog failed" in printed
+
+
 def test_timeout_must_leave_room_for_a_late_heartbeat() -> None:
     with pytest.raises(ValueError, match="two heartbeats"):
         CoordinationConfig(heartbeat=5, timeout=6)

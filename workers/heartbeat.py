@@ -32,6 +32,12 @@ class Watchdog(threading.Thread):
         self._done = threading.Event()
 
     def run(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:  # a rank without a watchdog could wait for ever
+            leave(self._rank, exits.UNFORESEEN, f"its watchdog failed: {type(error).__name__}: {error}")
+
+    def _watch(self) -> None:
         heard, limit = time.monotonic(), self._config.startup_timeout
         with Client(self._endpoint, b"beat-%d" % self._rank, self._config.curve) as client:
             due = 0.0
@@ -61,5 +67,7 @@ class Watchdog(threading.Thread):
 
 def leave(rank: int, code: int, reason: str) -> None:
     """Ends this process at once, whatever its other threads are in the middle of."""
-    print(f"quasar: rank {rank} ends with exit code {code}: {reason}", file=sys.stderr, flush=True)
-    os._exit(code)
+    try:
+        print(f"quasar: rank {rank} ends with exit code {code}: {reason}", file=sys.stderr, flush=True)
+    finally:  # also where nobody reads any more what is printed
+        os._exit(code)

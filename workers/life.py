@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from configs import exits
 from configs.schema import RunConfig
-from runtime.comm import PeerLost, SharedMemoryError
+from runtime.comm import PeerLost
 from runtime.grammar import GrammarError
 from runtime.loader import ModelError
 from runtime.messages import BadMessage, Failure
 from runtime.shard import CannotShard
+from runtime.shared_memory import SharedMemoryError
 from runtime.verify import NotANumber
 from workers.build import Place, build
 from workers.heartbeat import Watchdog
