@@ -19,7 +19,7 @@ from runtime.attention import Pass, attends
 from runtime.batch import Batch
 from runtime.kernels.arguments import GATES
 from runtime.kv_cache import KVCache
-from runtime.linear import ColumnParallel, RowParallel, Siblings
+from runtime.linear import ColumnParallel, Int4, RowParallel, Siblings
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,26 @@ class FusedLayer(nn.Module):
         self._scoring = scoring
         self._kernels = kernels
         self._under_way = under_way
+        self._halves = self._in_halves(parts)
+
+    def _in_halves(self, parts: Parts) -> Any:
+        """The layer in two calls, where the kernels have such and all products are int4."""
+        make = getattr(self._kernels, "Halves", None)
+        every = (parts.qkv.product, parts.output.product, parts.gate_up.product, parts.down.product)
+        products = [product for product in every if isinstance(product, Int4)]
+        if make is None or parts.gate_up.bias is not None or len(products) < len(every):
+            return None
+        query_norm, key_norm = self._head_norms or (None, None)
+        scoring = self._scoring
+        return make(
+            [(norm.weight, norm.eps, norm.early) for norm in self._norms],
+            (
+                None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight,
+                0.0 if query_norm is None else query_norm.eps, query_norm is not None and query_norm.early,
+            ),
+            [product.packed for product in products], parts.qkv.bias, (products[1].borders, products[3].borders),
+            self._activation, (scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks), parts.output.partial,
+        )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
         """[1, T, W] -> [1, T, W], as transformers' loop calls a layer."""
@@ -95,6 +115,13 @@ class FusedLayer(nn.Module):
         self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache
     ) -> tuple[Tensor, Tensor]:
         """x, update [T, W], cos, sin [T, R] -> x, update: the sum of the two is what a layer is given or gives."""
+        if self._halves is not None and x.is_contiguous():
+            part, x = self._halves.attention(
+                x, update, cos, sin, cache.keys[self.index], cache.values[self.index], batch.slots, batch.tables, batch.rows,
+                batch.reach,
+            )  # fmt: skip
+            part, x = self._halves.mlp(x, self.output.finish(part, x.dtype))
+            return x, self.down.finish(part, x.dtype)
         kernels, scoring = self._kernels, self._scoring
         query_norm, key_norm = self._head_norms or (None, None)
         keys, values = cache.keys[self.index], cache.values[self.index]

@@ -58,13 +58,13 @@ class Int4:
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.nbytes = packed.nbytes
         self._product = kernels.int4_linear
-        self._borders = borders
+        self.borders = borders
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None, gate: str | None = None) -> Tensor:
         """gate: outputs are gates and ups, of which it makes half as many."""
         if not len(x):
             return x.new_empty(0, self.out_features // 2 if gate else self.out_features, dtype=dtype)
-        out: Tensor = self._product(x, self.packed, gate, self._borders, dtype)
+        out: Tensor = self._product(x, self.packed, gate, self.borders, dtype)
         return out
 
 
@@ -190,11 +190,17 @@ class RowParallel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.taken is not None:
             x = x[..., self.taken.start : self.taken.stop]
-        alone = self._comm.size == 1
-        partial = None if alone else torch.float32
-        out = self.product(x.reshape(-1, self.product.in_features), partial).view(*x.shape[:-1], -1)
-        if not alone:
-            out = self._comm.all_reduce(out, x.dtype)
+        part = self.product(x.reshape(-1, self.product.in_features), self.partial)
+        return self.finish(part.view(*x.shape[:-1], -1), x.dtype)
+
+    @property
+    def partial(self) -> torch.dtype | None:
+        """The dtype of a rank's part, if it isn't that of the sum."""
+        return None if self._comm.size == 1 else torch.float32
+
+    def finish(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        """What all ranks' parts [..., N] come to."""
+        out = part if self._comm.size == 1 else self._comm.all_reduce(part, dtype)
         return out if self.bias is None else out + self.bias
 
 

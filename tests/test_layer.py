@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from test_model import FAMILIES, OTHERS, same_bits
-from tiny_models import config_of, logits_on, make, on_ranks, prompts, reference, run, save
-from torch import nn
+from tiny_models import config_of, logits_on, make, on_ranks, prompts, ragged, reference, run, save
+from torch import Tensor, nn
 
 from runtime.batch import Piece
-from runtime.comm import Solo
+from runtime.comm import Communicator, Solo
 from runtime.kernels import reference as plain
+from runtime.kernels import select
 from runtime.layer import FusedLayer, learn_activation, learn_norm
 from runtime.model import Model, load_model
 
@@ -42,7 +43,7 @@ def test_common_layers_are_fused(
     assert not warnings(caplog)
 
 
-@pytest.mark.parametrize("kind", set(OTHERS) - {"smollm3", "granite"})
+@pytest.mark.parametrize("kind", sorted(set(OTHERS) - {"smollm3", "granite"}))
 def test_other_layers_stay_without_a_word(
     kind: str, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,3 +141,25 @@ def test_norms_and_activations_are_learnt(seed: int) -> None:
         assert learn_activation(nn.SiLU(), like, plain) == "silu"
         assert learn_activation(nn.GELU("tanh"), like, plain) == "gelu_tanh"
         assert learn_activation(nn.ReLU(), like, plain) is None
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_calls_give_what_the_operations_give(kind: str, size: int, seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    save(make(kind, seed, torch.bfloat16, **FAMILIES.get(kind, {})), tmp_path)
+    config = config_of(tmp_path, dtype="bfloat16", quantization="int4", group_size=32, symmetric=rng.random() < 0.5)
+    sequences = prompts(rng)
+    batches = ragged(sequences, rng, 9)
+
+    def both(comm: Communicator) -> tuple[list[Tensor], list[Tensor], int]:
+        model = load_model(config, comm)
+        layers = [layer for layer in model.module.modules() if isinstance(layer, FusedLayer) and layer._halves is not None]
+        whole = run(model, batches, len(sequences))
+        for layer in layers:
+            layer._halves = None
+        return whole, run(model, batches, len(sequences)), len(layers)
+
+    for whole, apart, number in on_ranks(size, both):
+        assert number == 2 or select(torch.device("cpu")) is plain
+        assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))

@@ -21,6 +21,7 @@ from runtime.kernels.arguments import (
     check_write,
 )
 from runtime.kernels.build import load_extension
+from runtime.kernels.halves import Halves  # noqa: F401  a layer of int4 products in two calls
 from runtime.kernels.packed import PackedInt4, PackedInt8, narrow_scale
 from runtime.noise import SPREAD
 from runtime.quantize.int4 import MIDDLE, NOT_FINITE, Int4Weight
