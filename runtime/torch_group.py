@@ -10,6 +10,8 @@ from torch import Tensor
 from runtime.comm import PeerLost, summable
 from runtime.kernels.folding import tree
 
+# Its name since torch 2.13, and before.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 WHOLE = 256 << 10  # bytes of a tensor up to which every rank adds up all of it
 
 
@@ -55,7 +57,7 @@ class TorchGroup:
         x = x.contiguous()
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
         if x.numel():
-            self._guard(lambda: dist.all_gather_into_tensor(_bytes(out), _bytes(x), group=self.group))
+            self._guard(lambda: _gather(_bytes(out), _bytes(x), group=self.group))
         return out
 
     def barrier(self) -> None:

@@ -127,7 +127,7 @@ def test_models_that_hardly_agree(size: int, seed: int, tmp_path: Path) -> None:
     some = [
         Request(i, prompt, SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=20)) for i, prompt in enumerate(prompts)
     ]
-    settings = [f"model.target={directory}", "engine.max_model_len=64", "verification.certify_window=6"]
+    settings = [f"model.target={directory}", "model.group_size=32", "engine.max_model_len=64", "verification.certify_window=6"]
     certified = run(demo_config(*settings, FULL), some, size)
     plain = run(demo_config(*settings, "model.quantization=none", "speculation.method=none"), some, size)
     assert answers(certified) == answers(plain)
@@ -169,7 +169,7 @@ def test_models_that_do_not_belong_together_are_refused(reference: str, quantize
     if quantized:
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    settings = [f"model.target={target}", f"verification.reference={other}", FULL, "engine.max_model_len=64"]
+    settings = [f"model.target={target}", f"verification.reference={other}", FULL, "model.group_size=32", "engine.max_model_len=64"]
     with pytest.raises(BuildRefused, match=said):
         run(demo_config(*settings), [])
 

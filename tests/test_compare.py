@@ -91,7 +91,7 @@ def test_text_becomes_windows(tmp_path: Path) -> None:
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.encoder.load_tokenizer", lambda directory: Letters())
+    monkeypatch.setattr("runtime.tokenizer.load_tokenizer", lambda directory: Letters())
 
 
 @pytest.mark.usefixtures("letters")

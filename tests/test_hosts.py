@@ -72,7 +72,7 @@ posted = board(topology, 60)
 place = Place(topology.rank, 0, [(0, 1)], 0, 1, False, posted.share("job", "j" if topology.rank == 0 else None))
 comm = connect(load(None, ["model.target=x"]), place, torch.device("cpu"))
 assert type(comm).__name__ == "TorchGroup" and topology.launcher == "mpi"
-print("sum", comm.all_reduce(torch.tensor([topology.rank + 1.0])).item(), flush=True)
+print(f"sum {comm.all_reduce(torch.tensor([topology.rank + 1.0])).item()}\\n", end="", flush=True)
 """
 
 
