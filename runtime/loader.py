@@ -85,7 +85,7 @@ class Loader:
                 swaps[path] = ColumnParallel(siblings, index, comm, columns.gathered)
         for rows in layout.rows:
             outputs = Span(0, self._linear(rows.path).out_features)
-            product = self._product([(rows.path, outputs, rows.span)], rows.borders if self.device.type == "cpu" else ())
+            product = self._product([(rows.path, outputs, rows.span)], rows.borders if self.kernels.SEGMENTS else ())
             bias = self._bias([rows.path], [None])
             self.ranks_alike &= rows.complete and self._sums_by_segment(product, rows.segments)
             held += product.nbytes + (0 if bias is None else bias.nbytes)
@@ -150,7 +150,7 @@ class Loader:
 
     def _sums_by_segment(self, product: Product, segments: Sequence[Span]) -> bool:
         """Whether a segment is summed alike on any rank; some CPUs do so only if every one is a multiple of 32 inputs."""
-        if self.device.type != "cpu" or isinstance(product, Reordered):
+        if not self.kernels.SEGMENTS or isinstance(product, Reordered):
             return False
         return isinstance(product, Int4) or all(segment.start % 32 == 0 for segment in segments)
 

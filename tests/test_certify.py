@@ -169,7 +169,8 @@ def test_models_that_do_not_belong_together_are_refused(reference: str, quantize
     if quantized:
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    settings = [f"model.target={target}", f"verification.reference={other}", FULL, "model.group_size=32", "engine.max_model_len=64"]
+    settings = [f"model.target={target}", f"verification.reference={other}", FULL]
+    settings += ["model.group_size=32", "engine.max_model_len=64"]
     with pytest.raises(BuildRefused, match=said):
         run(demo_config(*settings), [])
 

@@ -27,6 +27,7 @@ from runtime.noise import SPREAD
 from runtime.quantize.int4 import MIDDLE, NOT_FINITE, Int4Weight
 from runtime.quantize.int8 import Int8Weight
 
+SEGMENTS = True  # whether products can be summed in segments of their inputs
 TILE = 16  # outputs that lie side by side in a packed weight
 
 load_extension()

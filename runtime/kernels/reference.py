@@ -37,6 +37,7 @@ __all__ = [
 # neither on its place nor on the others. A CPU takes little longer for 32 rows of 16 bit than for one, a GPU for 64.
 CHUNK = {"cpu": 32, "cuda": 64}
 ALIGNMENT = 64  # bytes; a library may treat the ends of an unaligned matrix otherwise
+SEGMENTS = True  # whether products can be summed in segments of their inputs
 PIECE = 64  # keys that are merged at a time
 ELEMENTS = 1 << 24  # of the largest temporary
 
