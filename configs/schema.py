@@ -146,6 +146,10 @@ class EngineConfig(Section):
         "for each token and head, which halves a 16-bit cache and changes the output"
     )
     block_size: Literal[8, 16, 32, 64, 128] = Field(16, description="tokens of a KV cache block")
+    reproducible: bool = Field(
+        True, description="the same bits whatever else runs; false lets libraries add as they like where that is faster: "
+        "16-bit products of many rows, sums between hosts and GPUs"
+    )
     threads: Positive | None = Field(None, description="CPU threads of a rank; by default the cores shared evenly")
 
 

@@ -36,8 +36,11 @@ from workers.transport import Server
 def fingerprint(config: RunConfig, defaults: Defaults) -> str:
     """What the text of a result depends on beside its request; results of two fingerprints don't mix in one output."""
     model = config.verifier.arithmetic | {"target": Path(config.verifier.target).resolve().name}
-    engine = {"max_model_len": config.engine.max_model_len, "kv_cache_dtype": config.engine.kv_cache_dtype}
-    job = {"seed": config.seed, "defaults": asdict(defaults)} | engine
+    engine = config.engine
+    job = {
+        "seed": config.seed, "max_model_len": engine.max_model_len, "defaults": asdict(defaults),
+        "reproducible": engine.reproducible, "kv_cache_dtype": engine.kv_cache_dtype,
+    }  # fmt: skip
     return json.dumps(model | job, sort_keys=True)
 
 

@@ -20,6 +20,7 @@ from runtime.checkpoint import DTYPES, Checkpoint, ModelError, read_json
 from runtime.comm import Communicator
 from runtime.decoder import Decoder, Trial, fuse
 from runtime.kernels import reference, select
+from runtime.kernels.loose import loosened
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layout import lay_out
 from runtime.loader import Loader
@@ -86,13 +87,14 @@ class Model:
 
 def load_model(
     config: ModelConfig, comm: Communicator, device: torch.device | str = "cpu", length: int | None = None,
-    visiting: bool = False,
+    visiting: bool = False, reproducible: bool = True,
 ) -> Model:  # fmt: skip
     """Builds the architecture, reads this rank's slices of the checkpoint, quantises and packs them.
 
     Weights that are stored in four bits are taken as they are, in the checkpoint's own groups; with quantization: none
     they are expanded to `dtype`. length: the longest sequence there will be, by default the longest that the model knows.
-    visiting: the dense weights of layers stay in host memory, and are on the device by turns.
+    visiting: the dense weights of layers stay in host memory, and are on the device by turns. reproducible: a row's bits
+    depend on no other row; else libraries may add as they like.
 
     Names, shapes and files are checked before anything is computed. Raises ModelError, CannotShard.
     """
@@ -120,7 +122,7 @@ def load_model(
         checkpoint.check(expected, _ignored(module, checkpoint) | set(tied) | companions, integers)
         layout = lay_out(module, _unit(config, schemes), comm.rank, comm.size)
         vocab_size = module.get_output_embeddings().out_features
-        kernels = select(device)
+        kernels = select(device) if reproducible else loosened(select(device))
         belt = Belt(device) if visiting else None
         loader = Loader(module, config, checkpoint, kernels, dtype, device, comm, schemes, belt)
         held = loader.fill(layout, tied)

@@ -27,17 +27,23 @@ class TorchGroup:
 
     The libraries' own sums are added in an order that depends on where an element stands and on how many there are. So
     ranks exchange and add by themselves: a small tensor is gathered and added up by everyone, of a large one each rank
-    adds a share and tells the others. peers: by which small ones are gathered, if not by the library.
+    adds a share and tells the others. peers: by which small ones are gathered, if not by the library. loose: the library
+    adds, in its own order.
     The bound on waits is the process group's own timeout.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, peers: Peers | None = None) -> None:
+    def __init__(self, process_group: dist.ProcessGroup, peers: Peers | None = None, loose: bool = False) -> None:
         self.group = process_group
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self._peers = peers
+        self._loose = loose
 
     def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or summable(x).dtype
+        if self._loose:
+            out = x.clone()
+            self._guard(lambda: dist.all_reduce(out, group=self.group))
+            return out.to(dtype)
         if x.nbytes > WHOLE:
             return self._by_shares(x, dtype)
         parts = self.all_gather(x) if self._peers is None else self._peers.parts(x)

@@ -39,16 +39,14 @@ class Mailbox:
 
 
 @cache
-def load_alone(config: ModelConfig, device: torch.device, length: int | None = None, visiting: bool = False) -> Model:
+def load_alone(config: ModelConfig, device: torch.device, *more: Any) -> Model:
     """A model for one rank. Models keep no state between jobs, so tests can share them."""
-    return load_model(config, Solo(), device, length, visiting)
+    return load_model(config, Solo(), device, *more)
 
 
-def load_once(
-    config: ModelConfig, comm: Communicator, device: torch.device, length: int | None = None, visiting: bool = False
-) -> Model:
+def load_once(config: ModelConfig, comm: Communicator, device: torch.device, *more: Any) -> Model:
     assert comm.size == 1
-    return load_alone(config, device, length, visiting)
+    return load_alone(config, device, *more)
 
 
 def demo_config(*overrides: str) -> RunConfig:

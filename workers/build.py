@@ -142,7 +142,7 @@ def fingerprint(config: RunConfig, verifier: Model, longest: int, ranks: int, de
     """
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     arithmetic = json.dumps(config.verifier.arithmetic, sort_keys=True)
-    split = "any" if verifier.ranks_alike else ranks
+    split = ("any" if verifier.ranks_alike else ranks, config.engine.reproducible)
     dtypes = [str(verifier.dtype), config.engine.kv_cache_dtype]
     parts = [verifier.digest, arithmetic, *dtypes, longest, split, device.type, kind, torch.__version__, release()]
     return blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
@@ -197,12 +197,13 @@ def connect(config: RunConfig, place: Place, device: torch.device) -> Communicat
     own = made[place.group]
     try:
         symmetric = chosen(config.parallel.all_reduce, device, place.one_host)
-        return TorchGroup(own, PeerMemory(own, device) if symmetric else None)
+        loose = not config.engine.reproducible
+        return TorchGroup(own, PeerMemory(own, device) if symmetric and not loose else None, loose)
     except PeerMemoryError as error:
         if config.parallel.all_reduce == "symmetric":
             raise BuildRefused(str(error)) from error
         log.warning("falling back to NCCL for small sums: %s", error)
-        return TorchGroup(own)
+        return TorchGroup(own, loose=not config.engine.reproducible)
 
 
 def interface_to(host: str) -> str | None:

@@ -63,7 +63,8 @@ def load_verifier(config: RunConfig, comm: Communicator, device: torch.device) -
             "directory in verification.reference"
         )
     visiting = config.verification.certify_weights == "host"
-    return load_model(config.verifier, comm, device, config.engine.max_model_len, visiting)
+    engine = config.engine
+    return load_model(config.verifier, comm, device, engine.max_model_len, visiting, engine.reproducible)
 
 
 def load_cheap(config: RunConfig, verifier: Model, comm: Communicator, device: torch.device) -> Model:
