@@ -8,20 +8,36 @@ the configuration of all four, such as `verification.certify_window=8`.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
 from bench.jobs import ROOT, Outcome, run_job
 
 CONFIG = "configs/demo/demo.yaml"
-REFERENCE = "configs/demo/target"
-WIDE = {"model.target": REFERENCE, "model.quantization": "none"}
-CELLS: dict[str, dict[str, str]] = {  # the last is what all are compared with
-    "int4 with speculation": {},
-    "int4 with speculation, certified": {"verification.certify": "full", "verification.reference": REFERENCE},
-    "16-bit with speculation": WIDE,
-    "16-bit": WIDE | {"speculation.method": "none"},
-}
+PROMPTS = ROOT / "configs/demo/prompts.jsonl"
+CERTIFIED, SPECULATIVE, PLAIN = "int4 with speculation, certified", "16-bit with speculation", "16-bit"
+
+
+def cells(model: Path | None) -> dict[str, dict[str, str]]:
+    """name -> settings; the last is what all are compared with. model: of both, by default the demo's two checkpoints."""
+    reference = str(model or ROOT / "configs/demo/target")
+    few = {} if model is None else {"model.target": reference}
+    wide = {"model.target": reference, "model.quantization": "none"}
+    return {
+        "int4 with speculation": few,
+        CERTIFIED: few | {"verification.certify": "full", "verification.reference": reference},
+        SPECULATIVE: wide,
+        PLAIN: wide | {"speculation.method": "none"},
+    }
+
+
+def write_prompts(path: Path, count: int | None, new_tokens: int | None) -> None:
+    """The first `count` of the demo's requests, with so many tokens to come; None leaves that as it is."""
+    requests = [json.loads(line) for line in PROMPTS.read_text().splitlines()][:count]
+    for request in requests:
+        request["body"] |= {} if new_tokens is None else {"max_tokens": new_tokens}
+    path.write_text("".join(json.dumps(request) + "\n" for request in requests))
 
 
 def line(name: str, cell: Outcome, expected: Outcome) -> str:
@@ -39,25 +55,29 @@ def line(name: str, cell: Outcome, expected: Outcome) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=ROOT / "configs/demo/target")
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--count", type=int, help="prompts")
+    parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    common = {"model.target": str(given.model), "parallel.tensor": str(given.ranks)}
-    common |= dict(word.split("=", 1) for word in given.set)
-    cells: dict[str, Outcome] = {}
+    common = {"parallel.tensor": str(given.ranks)} | dict(word.split("=", 1) for word in given.set)
+    found: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (name, settings) in enumerate(CELLS.items()):
-            cells[name] = run_job(Path(scratch) / str(number), given.ranks, common | settings, "--config", CONFIG)
+        prompts = Path(scratch) / "prompts.jsonl"
+        write_prompts(prompts, given.count, given.new_tokens)
+        for number, (name, settings) in enumerate(cells(given.model).items()):
+            words = ("--config", CONFIG, "--input", str(prompts))
+            found[name] = run_job(Path(scratch) / str(number), given.ranks, settings | common, *words)
     print(
         "| | tokens/s | to 16-bit | texts that differ from 16-bit's | mean acceptance length | "
         "int4 tokens that stood | mean window | tokens a check |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for name in CELLS:
-        print(line(name, cells[name], cells["16-bit"]))
-    for key in ("int4 with speculation, certified", "16-bit with speculation"):
-        assert cells[key].texts == cells["16-bit"].texts, f"{key}: other text than 16-bit's"
+    for name, cell in found.items():
+        print(line(name, cell, found[PLAIN]))
+    for name in (CERTIFIED, SPECULATIVE):
+        assert found[name].texts == found[PLAIN].texts, f"{name}: other text than 16-bit's"
 
 
 if __name__ == "__main__":
