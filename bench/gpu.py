@@ -5,7 +5,8 @@
 
 First the card's own ceilings, copying and dense products; then each kernel beside what torch has (and gemlite where it
 is installed), at the layer shapes of Qwen3-8B and Qwen3-32B. Calls are replayed from a CUDA graph, so that no launch
-from Python is in a time, and go through so many copies of their weight that none is still in the card's cache.
+from Python is in a time, and go through so many copies of their weight that none is still in the card's cache. Then
+rounds and whole jobs of a model of a real shape (`bench.gpu_rounds`), and the tests that need a card.
 """
 
 import argparse
@@ -25,6 +26,8 @@ if "--dry-run" in sys.argv:
 import torch
 from torch import Tensor
 
+from bench.gpu_rounds import report
+from bench.shapes import SHAPES as SHAPES_OF_MODELS
 from bench.tables import table
 from runtime.kernels import gpu, reference
 from runtime.kernels.packed import PackedInt4
@@ -230,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter, on a CPU")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--minutes", type=float, default=7.0, help="no product is begun after so many")
+    parser.add_argument("--minutes", type=float, default=3.0, help="no product is begun after so many")
+    parser.add_argument("--shape", choices=SHAPES_OF_MODELS, default="qwen3-8b", help="of the model for rounds and whole jobs")
     options = parser.parse_args(arguments)
     dry, started, code = options.dry_run, time.monotonic(), 0
     if not dry and not torch.cuda.is_available():
@@ -285,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"head, {rows} rows: {who} {us:.1f} us, {size / us / 1e3:.0f} GB/s, {size / us / 1e3 / copied:.0%}")
         for what, us in between(rows, device, dry).items():
             print(f"{what}, {rows} rows: {us:.1f} us")
+    report(options.shape, device, copied * 1e9, dry, started + 420)
     left = max(30.0, 570 - (time.monotonic() - started))
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_triton*.py"))]
     print("\ntests marked gpu:", flush=True)
