@@ -27,8 +27,8 @@ class TorchGroup:
 
     The libraries' own sums are added in an order that depends on where an element stands and on how many there are. So
     ranks exchange and add by themselves: a small tensor is gathered and added up by everyone, of a large one each rank
-    adds a share and tells the others. peers: by which small ones are gathered, if not by the library. loose: the library
-    adds, in its own order.
+    adds a share and tells the others. peers: by which small ones are gathered, if not by the library. loose: what peers don't
+    gather the library adds, in its own order.
     The bound on waits is the process group's own timeout.
     """
 
@@ -39,15 +39,15 @@ class TorchGroup:
         self._loose = loose
 
     def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or summable(x).dtype
+        dtype = dtype or x.dtype
+        small = summable(x).nbytes <= WHOLE
+        if small and self._peers is not None:
+            return tree(list(self._peers.parts(x).float())).to(dtype)
         if self._loose:
-            out = x.clone()
+            out = x.clone(memory_format=torch.contiguous_format)
             self._guard(lambda: dist.all_reduce(out, group=self.group))
             return out.to(dtype)
-        if x.nbytes > WHOLE:
-            return self._by_shares(x, dtype)
-        parts = self.all_gather(x) if self._peers is None else self._peers.parts(x)
-        return tree(list(parts.float())).to(dtype)
+        return tree(list(self.all_gather(x).float())).to(dtype) if small else self._by_shares(x, dtype)
 
     def _by_shares(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Every rank gets its share of each rank's tensor, adds them, and gives the sum to all: twice the tensor travels."""

@@ -179,6 +179,23 @@ def test_peers_memory_is_chosen_where_it_can_be(
         assert chosen(wanted, device, one_host) == (possible and wanted != "nccl")
 
 
+def librarys(make: Callable[..., Communicator], name: str, rank: int, size: int, seed: int) -> None:
+    plain = make(name, rank, size)
+    assert isinstance(plain, TorchGroup)
+    loose = TorchGroup(plain.group, loose=True)
+    for dtype in SUMMED:
+        for shape in (300, 40), (300, 4000):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + rank)).to(dtype)
+            got, exact = loose.all_reduce(x.t(), torch.float32), plain.all_reduce(x.t().double().float())
+            torch.testing.assert_close(got, exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    with pytest.raises(ValueError, match="int32"):
+        loose.all_reduce(torch.ones(3, dtype=torch.int32), torch.float32)
+
+
+def test_a_library_adds_where_order_does_not_matter(seed: int) -> None:
+    spawn(librarys, 2, gloo, free_port(), seed)
+
+
 def test_solo_is_a_group_of_one() -> None:
     comm, x = Solo(), torch.arange(4.0)
     assert torch.equal(comm.all_reduce(x), x) and comm.all_reduce(x) is not x

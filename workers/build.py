@@ -194,16 +194,14 @@ def connect(config: RunConfig, place: Place, device: torch.device) -> Communicat
         timeout=timedelta(seconds=patience),
     )
     made = [dist.new_group(list(ranks), timeout=timedelta(seconds=patience)) for ranks in place.groups]
-    own = made[place.group]
+    own, wanted, peers = made[place.group], config.parallel.all_reduce, None
     try:
-        symmetric = chosen(config.parallel.all_reduce, device, place.one_host)
-        loose = not config.engine.reproducible
-        return TorchGroup(own, PeerMemory(own, device) if symmetric and not loose else None, loose)
+        peers = PeerMemory(own, device) if chosen(wanted, device, place.one_host) else None
     except PeerMemoryError as error:
-        if config.parallel.all_reduce == "symmetric":
+        if wanted == "symmetric":
             raise BuildRefused(str(error)) from error
         log.warning("falling back to NCCL for small sums: %s", error)
-        return TorchGroup(own, loose=not config.engine.reproducible)
+    return TorchGroup(own, peers, loose=not config.engine.reproducible)
 
 
 def interface_to(host: str) -> str | None:
