@@ -1,12 +1,13 @@
 """What all tests share."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+
+from tests.seeds import fresh_seed
 
 if not os.path.exists("/dev/nvidia0"):
     # Before anything imports triton, whose own functions ask for it once: kernels for GPUs run in its interpreter.
@@ -16,9 +17,7 @@ if not os.path.exists("/dev/nvidia0"):
 @pytest.fixture
 def seed() -> int:
     """A fresh number for each test, printed when it fails; `QUASAR_SEED` sets it to run a failure again."""
-    value = int(os.environ.get("QUASAR_SEED") or secrets.randbits(31))
-    print(f"QUASAR_SEED={value}")
-    return value
+    return fresh_seed()
 
 
 @pytest.fixture

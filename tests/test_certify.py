@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import secrets
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tests.driver import Outcome, demo_config, run
 from tests.driver import start as start_ranks
 from tests.jobs import finish, launcher_command, start, write_requests
 from tests.jobs import run as run_job
+from tests.seeds import fresh_seed
 from tests.test_job import kill
 from tests.test_same_tokens import outcome, wishes
 from tests.tiny_models import VOCABULARY, make, save
@@ -35,9 +35,7 @@ CERTIFIED = (FULL, "verification.reference=configs/demo/target")
 @pytest.fixture(scope="module")
 def seed() -> int:
     """One seed for all tests here, so that they share what the 16-bit model gives."""
-    value = int(os.environ.get("QUASAR_SEED") or secrets.randbits(31))
-    print(f"QUASAR_SEED={value}")
-    return value
+    return fresh_seed()
 
 
 @cache

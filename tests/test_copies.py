@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import secrets
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +12,7 @@ from transformers import AutoTokenizer
 from launcher.encoder import copies
 from runtime.request import Completion, Request, SamplingParams
 from tests.driver import demo_config, run
+from tests.seeds import fresh_seed
 
 COUNTS = (1, 3, 5, 2)
 
@@ -21,9 +20,7 @@ COUNTS = (1, 3, 5, 2)
 @pytest.fixture(scope="module")
 def seed() -> int:
     """One seed for all tests here, so that they share what separate requests give."""
-    value = int(os.environ.get("QUASAR_SEED") or secrets.randbits(31))
-    print(f"QUASAR_SEED={value}")
-    return value
+    return fresh_seed()
 
 
 @cache

@@ -22,6 +22,7 @@ from runtime.grammar import GrammarError, Grammars, Guide
 from runtime.request import Request, SamplingParams
 from runtime.tokenizer import load_tokenizer
 from tests.driver import demo_config, run
+from tests.seeds import fresh_seed
 from tests.small_words import allowed, random_regex, tokenizer_of
 
 WORDS = ["a", "b", "1", "ab", "ba", "aa", "b1", "1a", "abb", "a1b"]
@@ -196,9 +197,7 @@ def outcomes(seed: int, name: str, size: int) -> tuple[dict[int, Any], int, int]
 
 @pytest.fixture(scope="module")
 def jobs_seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    print(f"QUASAR_SEED={value}")
-    return value
+    return fresh_seed()
 
 
 @pytest.mark.parametrize(("name", "size"), [*((name, 1) for name in JOBS), *ON_RANKS])

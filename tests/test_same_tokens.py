@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +17,7 @@ from transformers import AutoTokenizer
 from launcher.structure import of_choice, of_regex, of_schema
 from runtime.request import Completion, Request, SamplingParams
 from tests.driver import demo_config, run
+from tests.seeds import fresh_seed
 from tests.tiny_models import make, save
 
 NUM_REQUESTS, NUM_LONG = 16, 4
@@ -30,9 +29,7 @@ GRAMMARS = [
 @pytest.fixture(scope="module")
 def seed() -> int:
     """One seed for all tests here, so that they share what plain decoding gives."""
-    value = int(os.environ.get("QUASAR_SEED") or secrets.randbits(31))
-    print(f"QUASAR_SEED={value}")
-    return value
+    return fresh_seed()
 
 
 def wishes(rng: random.Random, tokens: list[int]) -> dict[str, Any]:
