@@ -47,20 +47,11 @@ Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
       for (int64_t g = 0; g < groups; ++g) {
         const T* from = x + m * inputs + g * group;
         int8_t* to = q.code.data() + m * q.stride + g * group;
-        U top = {};  // as integers, magnitudes are in order, and infinities and NaN come last
-        for (int64_t k = 0; k < group; k += LANES) {
-          const U u = bits<U>(load(from + k, int(std::min<int64_t>(LANES, group - k)))) & 0x7fffffffu;
-          top = u > top ? u : top;
-        }
-        uint32_t most = 0;
-        for (int i = 0; i < LANES; ++i) most = std::max<uint32_t>(most, top[i]);
-        const float amax = bits<float>(most);
-        const bool finite = most < 0x7f800000u, some = finite && amax >= 0x1p-100f;
-        const F inverse = splat(some ? 127.0f / amax : 0.0f);
+        const Rounding how = Rounding::of(from, group, 127.0f);
         I total = {};
         for (int64_t k = 0; k < group; k += LANES) {
           const int n = int(std::min<int64_t>(LANES, group - k));
-          const I c = some ? round_to_int(load(from + k, n) * inverse) : I{};
+          const I c = how.some ? round_to_int(load(from + k, n) * how.inverse) : I{};
           total += c;
           const B b = narrow(c);
           std::memcpy(to + k, &b, n);
@@ -68,7 +59,7 @@ Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
         int32_t sum = 0;
         for (int i = 0; i < LANES; ++i) sum += total[i];
         q.sum[g * rows + m] = float(sum);
-        q.scale[g * rows + m] = some ? amax / 127.0f : finite ? 0.0f : NAN;
+        q.scale[g * rows + m] = how.scale;
       }
   });
   return q;

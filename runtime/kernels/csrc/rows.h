@@ -2,7 +2,6 @@
 // float in four bytes. `runtime/kernels/rows.py` says how they are rounded; every implementation gives the same bytes.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "simd.h"
@@ -61,22 +60,12 @@ void put_row(C* row, const T* x, int64_t dim) {
     }
   } else {
     const float most_code = std::is_same_v<C, Int8> ? 127.0f : 448.0f;
-    U top = {};  // as integers, magnitudes are in order, and infinities and NaN come last
-    for (int64_t d = 0; d < dim; d += LANES) {
-      const U u = bits<U>(load(x + d, int(std::min<int64_t>(LANES, dim - d)))) & 0x7fffffffu;
-      top = u > top ? u : top;
-    }
-    uint32_t most = 0;
-    for (int i = 0; i < LANES; ++i) most = std::max<uint32_t>(most, top[i]);
-    const float amax = bits<float>(most);
-    const bool finite = most < 0x7f800000u, some = finite && amax >= 0x1p-100f;
-    const F inverse = splat(some ? most_code / amax : 0.0f);
+    const Rounding how = Rounding::of(x, dim, most_code);
     for (int64_t d = 0; d < dim; d += LANES) {
       const int n = int(std::min<int64_t>(LANES, dim - d));
-      store(row + d, some ? load(x + d, n) * inverse : F{}, n);
+      store(row + d, how.some ? load(x + d, n) * how.inverse : F{}, n);
     }
-    const float scale = some ? amax / most_code : finite ? 0.0f : NAN;
-    std::memcpy(row + dim, &scale, sizeof(scale));
+    std::memcpy(row + dim, &how.scale, sizeof(how.scale));
   }
 }
 

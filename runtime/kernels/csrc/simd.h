@@ -9,6 +9,8 @@
 #include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
@@ -187,5 +189,27 @@ void by_dtype(c10::ScalarType dtype, const Function& f) {
   TORCH_CHECK(dtype == c10::kHalf, "float32, bfloat16 or float16 is needed, not ", dtype);
   f(static_cast<c10::Half*>(nullptr));
 }
+
+// How numbers that share a scale become codes of at most `most`: what they are multiplied with, and what a code is worth. Below
+// 2^-100 they count as zero; where one isn't finite the scale is NaN.
+struct Rounding {
+  bool some;
+  F inverse;
+  float scale;
+
+  template <class T>
+  QUASAR_INLINE static Rounding of(const T* x, int64_t count, float most) {
+    U top = {};  // as integers, magnitudes are in order, and infinities and NaN come last
+    for (int64_t k = 0; k < count; k += LANES) {
+      const U u = bits<U>(load(x + k, int(std::min<int64_t>(LANES, count - k)))) & 0x7fffffffu;
+      top = u > top ? u : top;
+    }
+    uint32_t largest = 0;
+    for (int i = 0; i < LANES; ++i) largest = std::max<uint32_t>(largest, top[i]);
+    const float amax = bits<float>(largest);
+    const bool finite = largest < 0x7f800000u, some = finite && amax >= 0x1p-100f;
+    return {some, splat(some ? most / amax : 0.0f), some ? amax / most : finite ? 0.0f : NAN};
+  }
+};
 
 }  // namespace quasar
