@@ -18,7 +18,7 @@ from runtime.kernels import reference
 from runtime.kernels.arguments import check_dense, check_head, check_linear
 from runtime.kernels.gpu.cache import encode
 from runtime.kernels.gpu.dot import dot, narrow
-from runtime.kernels.gpu.linear import add_pieces
+from runtime.kernels.gpu.linear import add_pieces, put_tile
 from runtime.kernels.gpu.sampling import NO_ID, merge_tiles, noise
 from runtime.kernels.gpu.table import Table, table_of
 from runtime.kernels.packed import PackedInt8
@@ -65,11 +65,7 @@ def _dense(
     total = _sums(x, weight, n, m, here, there, inputs, stride, begin, end, WHOLE, PIECE, TILE_N, TILE_M, PRECISION)
     if x_scale is not None:
         total = total.to(tl.float32) * (tl.load(x_scale + m, mask=there)[None, :] * tl.load(scale + n, mask=here)[:, None])
-    if SPLIT:
-        m += tl.program_id(2) * rows
-        there &= m < (tl.program_id(2) + 1) * rows
-    at = m[None, :].to(tl.int64) * outputs + n[:, None]
-    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=there[None, :] & here[:, None])
+    put_tile(out, total, n, m, here, there, rows, outputs, SPLIT)
 
 
 @triton.jit

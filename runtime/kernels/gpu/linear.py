@@ -63,6 +63,16 @@ PAIRS_FP16 = _pairs("f16", "0x64006400", "0x3c003c00")
 
 
 @triton.jit
+def put_tile(out, total, n, m, here, there, rows, outputs, SPLIT: tl.constexpr):
+    """Writes a tile of sums [N, M] into out [rows, outputs], or into this program's piece of [pieces, rows, outputs]."""
+    if SPLIT:
+        m += tl.program_id(2) * rows
+        there &= m < (tl.program_id(2) + 1) * rows
+    at = m[None, :].to(tl.int64) * outputs + n[:, None]
+    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=there[None, :] & here[:, None])
+
+
+@triton.jit
 def _take(word, zero, FIELD: tl.constexpr, DTYPE: tl.constexpr):
     """Field FIELD of int32 words [N, 32], less the zero, exactly; zero: float32, [N, 1] or a number."""
     if INTERPRETED or tl.float32 == DTYPE:
@@ -132,11 +142,7 @@ def _product(
         at = m[:, None].to(tl.int64) * (outputs // 2) + n[None, :]
         tl.store(out + at, gate(gates, ups, GATE), mask=there[:, None] & (n < outputs // 2)[None, :])
     else:
-        if SPLIT:
-            m += tl.program_id(2) * rows
-            there &= m < (tl.program_id(2) + 1) * rows
-        at = m[None, :].to(tl.int64) * outputs + n[:, None]
-        tl.store(out + at, narrow(total, out.dtype.element_ty), mask=there[None, :] & here[:, None])
+        put_tile(out, total, n, m, here, there, rows, outputs, SPLIT)
 
 
 @triton.jit
