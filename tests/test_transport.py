@@ -95,8 +95,9 @@ WATCHED = """
 import sys, threading
 from configs.schema import CoordinationConfig
 from workers.heartbeat import Watchdog
-Watchdog(sys.argv[1], 7, CoordinationConfig(heartbeat=0.1, timeout=0.5, startup_timeout=0.5)).start()
-print("watched", flush=True)
+watchdog = Watchdog(sys.argv[1], 7, CoordinationConfig(heartbeat=0.1, timeout=0.5, startup_timeout=0.5))
+print("watched", flush=True)  # before it can end this process
+watchdog.start()
 threading.Event().wait(60)
 """
 
