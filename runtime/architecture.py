@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from runtime.checkpoint import ModelError
+from runtime.experts import names_in_files
 
 LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 
@@ -23,17 +24,32 @@ ALIASES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "PanguEmbedded": lambda raw: raw | {"model_type": "llama", "attention_bias": raw.get("bias", True)},
 }
 
-GATED = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
+def _plan(block: str, columns: str, rows: str) -> dict[str, str]:
+    """How a block of every layer is split: linears by the first part of their names."""
+    kinds = dict.fromkeys(columns.split(), "colwise") | {rows: "rowwise"}
+    return {f"layers.*.{block}.{name}_proj": kind for name, kind in kinds.items()}
+
+
+ATTENTION = _plan("self_attn", "q k v", "o")
+LATENT = _plan("self_attn", "q q_b kv_b", "o")
+MLP = _plan("mlp", "gate up", "down")
+# What transformers' plans leave out.
+PLANS: dict[str, dict[str, str]] = {
+    "afmoe": _plan("self_attn", "q k v gate", "o") | MLP | _plan("mlp.shared_experts", "gate up", "down"),
+    "axk1": LATENT,
+    "deepseek_v3": LATENT,
+    "exaone_moe": _plan("mlp.shared_experts", "gate up", "down"),
+    "flint": ATTENTION | {"layers.*.self_attn.sinks": "colwise"},
+    "glm4_moe_lite": _plan("mlp.shared_experts", "gate up", "down"),
+    "granitemoe": ATTENTION,
+    "granitemoeshared": ATTENTION,
+    "hunyuan_v1_dense": ATTENTION | MLP,
+    "hunyuan_v1_moe": ATTENTION | _plan("mlp.shared_mlp", "gate up", "down"),
+    "phimoe": ATTENTION,
+    "qwen2_moe": _plan("mlp.shared_expert", "gate up", "down"),
+    "sarvam_mla": LATENT,
+    "solar_open": _plan("mlp.shared_experts", "gate up", "down"),
 }
-# Where transformers has no plan for the layers, or one that leaves them out.
-PLANS: dict[str, dict[str, str]] = {"hunyuan_v1_dense": GATED}
 
 
 def understand(raw: dict[str, Any], directory: str) -> PretrainedConfig:
@@ -60,7 +76,7 @@ def understand(raw: dict[str, Any], directory: str) -> PretrainedConfig:
     if getattr(config, "is_heterogeneous", False):
         raise ModelError(f"{kind} has layers of different shapes; only equal ones run here")
     if kind in PLANS:
-        config.base_model_tp_plan = PLANS[kind]  # type: ignore[misc]
+        config.base_model_tp_plan = (config.base_model_tp_plan or {}) | PLANS[kind]  # type: ignore[misc]
     if not {"rowwise", "rowwise_split_input"} & set((config.base_model_tp_plan or {}).values()):
         raise ModelError(f"{kind} has no tensor-parallel plan for its layers in transformers")
     return config
@@ -69,10 +85,8 @@ def understand(raw: dict[str, Any], directory: str) -> PretrainedConfig:
 def check_parts(model: PreTrainedModel) -> None:
     """Raises ModelError for a model with parts that cannot run here, whatever its config says."""
     config = model.config
-    planned = model._tp_plan or {}
-    if "moe_tp_experts" in planned.values():
-        raise ModelError(f"{config.model_type} is a mixture of experts; only dense models run here")
-    if any(isinstance(x, WeightConverter) for x in get_model_conversion_mapping(model)):
+    converters = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightConverter)]
+    if not all(names_in_files(x) for x in converters):
         raise ModelError(f"{config.model_type} has checkpoints that pack weights together, which aren't understood here")
     if getattr(config, "num_kv_shared_layers", 0):
         raise ModelError(f"{config.model_type} has layers that share keys and values with others, which aren't supported yet")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         self._where: dict[str, Path] = {}
         self._stored: dict[str, str] = {}  # names in the files, where they differ
+        self._slices: dict[str, tuple[int, int]] = {}  # of tensors that lie in another: which slice, and the first row of it
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
         self._digest = hashlib.sha256()
@@ -64,6 +65,20 @@ class Checkpoint:
                 self._stored[new] = old
                 self.shapes[new], self.dtypes[new] = self.shapes.pop(old), self.dtypes.pop(old)
                 self._where[new] = self._where.pop(old)
+
+    def take_apart(self, name: str, parts: Sequence[Sequence[str]]) -> None:
+        """Sees a tensor [E, N, K], if it is here, as tensors [n, K] with names of their own: parts[e] are what lies, one
+        under the other, in slice e."""
+        shape = self.shapes.get(name, ())
+        if len(shape) != 3 or shape[0] != len(parts) or shape[1] % len(parts[0]):
+            return
+        rows = shape[1] // len(parts[0])
+        dtype, path, stored = self.dtypes.pop(name), self._where.pop(name), self._stored.pop(name, name)
+        del self.shapes[name]
+        for index, names in enumerate(parts):
+            for place, part in enumerate(names):
+                self.shapes[part], self.dtypes[part], self._where[part] = (rows, shape[2]), dtype, path
+                self._stored[part], self._slices[part] = stored, (index, place * rows)
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = (), integers: Mapping[str, str] | None = None
@@ -100,6 +115,13 @@ class Checkpoint:
         try:
             if path not in self._open:
                 self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            if name in self._slices:
+                index, start = self._slices[name]
+                rows = rows or Span(0, self.shapes[name][0])
+                columns = columns or Span(0, self.shapes[name][1])
+                there = slice(start + rows.start, start + rows.stop)
+                inside: Tensor = self._open[path].get_slice(stored)[index, there, slice(*columns)]
+                return inside
             if rows is None and columns is None:
                 whole: Tensor = self._open[path].get_tensor(stored)
                 return whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from runtime.attention import Spread, attends
 from runtime.checkpoint import ModelError
+from runtime.experts import PACKED, experts_of, routers_of
 from runtime.kv_cache import CacheShape
 from runtime.shard import HeadShare, Span, head_shares, output_spans, segments, spans, vocabulary_spans
 from runtime.skeleton import path_of
@@ -36,7 +38,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Rows:
-    """A linear whose inputs are split and whose outputs are summed.
+    """A linear whose inputs are split and whose outputs are summed; or a layer's experts, of which the same holds.
 
     segments: of all inputs, each summed by itself. whole_input: the input has not been split yet.
     """
@@ -65,12 +67,14 @@ class Rows:
 class Layout:
     """One rank's part of a model.
 
-    whole: linears that every rank holds in full, in the model's dtype. parameters: the rows of bare parameters that are
+    experts: modules of experts, whose linears stand among the columns. whole: linears that every rank holds in full, in the
+    model's dtype. parameters: the rows of bare parameters that are
     split. spreads: of attention modules, if on some rank of the group more queries read one KV head than another.
     """
 
     columns: list[Columns]
     rows: list[Rows]
+    experts: list[Rows]
     whole: list[str]
     parameters: dict[str, Span]
     spreads: dict[str, Spread]
@@ -90,9 +94,13 @@ def lay_out(model: PreTrainedModel, group_size: int, rank: int, size: int) -> La
 
     whole: list[str] = []
     planned: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # parent, kind -> paths
+    experts = dict(experts_of(model))
+    apart = tuple(f"{path}." for path in (*experts, *dict(routers_of(model))))
     for path, module in model.named_modules():
+        if f"{path}.".startswith(apart):
+            continue
         kind = _kind(model, path)
-        if module is head or module is embedding or (kind is None and not isinstance(module, nn.Linear)):
+        if module is head or module is embedding or (kind is None and type(module) is not nn.Linear):
             continue
         if kind in KINDS and type(module) is nn.Linear:
             planned[path.rpartition(".")[0]][kind].append(path)
@@ -104,6 +112,9 @@ def lay_out(model: PreTrainedModel, group_size: int, rank: int, size: int) -> La
 
     columns: list[Columns] = []
     rows: list[Rows] = []
+    shared = [_share(path, module.count, rank, size) for path, module in experts.items()]
+    for share in shared:
+        columns.extend(_of_experts(model, share))
     heads = _Heads(model, group_size, rank, size)
     for parent, kinds in planned.items():
         if bool(kinds["colwise"]) != bool(kinds["rowwise"]):
@@ -127,6 +138,7 @@ def lay_out(model: PreTrainedModel, group_size: int, rank: int, size: int) -> La
     return Layout(
         columns=columns,
         rows=rows,
+        experts=shared,
         whole=whole,
         parameters=_split_parameters(model, heads),
         spreads=heads.spreads,
@@ -178,19 +190,22 @@ class _Heads:
 
     def split(self, parent: str, kinds: dict[str, list[str]]) -> tuple[dict[str, Span], Span, tuple[Span, ...]]:
         """Of each projection the outputs, and of the next the inputs, that this rank holds; and the latter's segments."""
-        inputs = _inputs(self._model, parent, kinds)
+        inputs, attention = _inputs(self._model, parent, kinds), self._model.get_submodule(parent)
+        share = self.heads // self.kv_heads
+        if getattr(attention, "num_key_value_groups", share) != share:
+            raise ModelError(f"{self._model.config.model_type} has layers of different shapes; only equal ones run here")
         if inputs % self.heads:
             raise ModelError(f"{parent}: {inputs} outputs don't divide into {self.heads} heads")
-        together = self.heads // getattr(self._model.get_submodule(parent), "mp_num", self.heads)
+        together = self.heads // getattr(attention, "mp_num", self.heads)
         share_out = partial(
             head_shares, self.heads, self.kv_heads, inputs // self.heads, self._group_size, together=together
         )
         every = share_out(self._size)
         mine = self.shares[parent] = every[self._rank]
-        if not all(share.even(self.heads // self.kv_heads) for share in every):
-            self.spreads[parent] = Spread.of(mine, self.heads // self.kv_heads)
+        if not all(part.even(share) for part in every):
+            self.spreads[parent] = Spread.of(mine, share)
         self.kept = mine.keys.width
-        parts = segments(lambda size: [share.queries.scaled(inputs, self.heads) for share in share_out(size)])
+        parts = segments(lambda size: [part.queries.scaled(inputs, self.heads) for part in share_out(size)])
         shares = {path: self._outputs(path, mine) for path in kinds["colwise"]}
         return shares, mine.queries.scaled(inputs, self.heads), parts
 
@@ -201,6 +216,21 @@ class _Heads:
         if outputs % self.heads:
             raise ModelError(f"{path} has {outputs} outputs, which don't divide into {self.heads} heads")
         return mine.queries.scaled(outputs, self.heads)
+
+
+def _share(path: str, count: int, rank: int, size: int) -> Rows:
+    """A rank's experts of a layer."""
+    what = f"experts of {path}"
+    return Rows(path, spans(count, 1, size, what)[rank], segments(partial(spans, count, 1)))
+
+
+def _of_experts(model: PreTrainedModel, share: Rows) -> Iterator[Columns]:
+    """The linears of a rank's experts, whole; those with one input together."""
+    for index in range(*share.span):
+        path = f"{share.path}.{index}"
+        for names in PACKED.values():
+            paths = tuple(f"{path}.{name}" for name in names)
+            yield Columns(paths, tuple(Span(0, _linear(model, path).out_features) for path in paths))
 
 
 def _inputs(model: PreTrainedModel, parent: str, kinds: dict[str, list[str]]) -> int:

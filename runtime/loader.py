@@ -15,6 +15,7 @@ from configs.schema import ModelConfig
 from runtime.belt import Belt
 from runtime.checkpoint import Checkpoint, ModelError
 from runtime.comm import Communicator
+from runtime.experts import Experts
 from runtime.layout import Layout
 from runtime.linear import (
     ColumnParallel,
@@ -90,6 +91,10 @@ class Loader:
             self.ranks_alike &= rows.complete and self._sums_by_segment(product, rows.segments)
             held += product.nbytes + (0 if bias is None else bias.nbytes)
             swaps[rows.path] = RowParallel(product, bias, comm, rows.span if rows.whole_input else None)
+        for share in layout.experts:
+            experts: Experts = self.module.get_submodule(share.path)  # type: ignore[assignment]
+            experts.keep(share.span, share.borders if self.kernels.SEGMENTS else (), comm)
+            self.ranks_alike &= share.complete and self.kernels.SEGMENTS
         for path in layout.whole:
             dense = self._dense(path, self._weight(path))
             siblings = Siblings(dense, [dense.out_features], self._bias([path], [None]))

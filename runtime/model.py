@@ -19,6 +19,7 @@ from runtime.belt import Belt
 from runtime.checkpoint import DTYPES, Checkpoint, ModelError, read_json
 from runtime.comm import Communicator
 from runtime.decoder import Decoder, Trial, fuse
+from runtime.experts import experts_of, slices_of, steady_routers
 from runtime.kernels import reference, select
 from runtime.kernels.loose import loosened
 from runtime.kv_cache import CacheShape, KVCache
@@ -57,6 +58,12 @@ class Model:
     ranks_alike: bool
     under_way: Pass
     decoder: Decoder | None
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a pass launches the same work for all batches of one shape, as a CUDA graph has to: experts are asked one
+        after the other, for the rows that were sent to them."""
+        return next(experts_of(self.module), None) is None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -113,6 +120,9 @@ def load_model(
         dtype = _dtype(config, description, checkpoint)
         module = build_skeleton(description, dtype, length)
         checkpoint.rename(present_names(module))
+        for path, experts in experts_of(module):
+            for name, parts in slices_of(path, experts):
+                checkpoint.take_apart(name, parts)
         expected = dict(weight_names(module))
         tied = tied_weights(module)
         num_parameters = sum(weight.numel() for name, weight in module.named_parameters() if name in expected)
@@ -130,6 +140,7 @@ def load_model(
         checkpoint.close()
     if device.type == "cpu":
         steady(module)
+    steady_routers(module)
     # On a GPU the reference's operations, which fold sums by halves, are no faster than transformers' own.
     own = device.type == "cpu" or kernels is not reference
     rounds = config.quantization == "int4" and config.activations == "int8"

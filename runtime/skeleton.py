@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,13 +13,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from runtime.architecture import check_parts, understand
 from runtime.checkpoint import ModelError, read_json
+from runtime.experts import names_in_files, unpack_experts
 from runtime.rope import longest, settle
 
 ATTENTION = "quasar"  # what our attention is called in transformers' registry
+
+EXPERT = re.compile(r"(\.experts\.\d+\.)(\w+)\.")  # of a tensor's name: up to an expert's linear, and what it is called
 
 # While it builds, transformers sets torch's default dtype, which threads share.
 _BUILDING = threading.Lock()
@@ -60,6 +64,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, length: int | N
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot build a {config.model_type} for text generation: {error}") from error
     check_parts(model)
+    with _BUILDING:
+        unpack_experts(model)
     settle(model, length or longest(config))
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
@@ -70,13 +76,16 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, length: int | N
 
 def present_names(model: PreTrainedModel) -> Callable[[str], str]:
     """What the architecture calls a tensor that a checkpoint, maybe an older one, has under some name."""
-    renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+    mapping = get_model_conversion_mapping(model)
+    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
+    of_experts = {k: v for x in mapping if isinstance(x, WeightConverter) for k, v in names_in_files(x).items()}
     known = set(model.state_dict(keep_vars=True))
 
     def present(name: str) -> str:
         if name not in known:
             for renaming in renamings:
                 name, _ = renaming.rename_source_key(name)
+            name = EXPERT.sub(lambda found: f"{found[1]}{of_experts.get(found[2], found[2])}.", name)
         return name
 
     return present

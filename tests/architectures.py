@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -32,6 +33,8 @@ SIZES: dict[str, Any] = {
     "head_dim": 32, "intermediate_size": 160, "ffn_hidden_size": 160, "n_inner": 160, "max_position_embeddings": 128,
     "sliding_window": 11, "rotary_dim": 8, "kv_lora_rank": 32, "q_lora_rank": 64, "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8, "v_head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "num_experts": 6, "num_local_experts": 6, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 160,
+    "shared_expert_intermediate_size": 160, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
 SWITCHES = {"sliding_window", "q_lora_rank", "n_inner", "rotary_dim"}  # which are off where they are None
 LATENT = {"num_key_value_heads": 8, "head_dim": 8}  # every head has keys of its own; head_dim is what turns of it
@@ -43,10 +46,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 100, "hidden_size_per_layer_input": 16, "laurel_rank": 8,
     },
-    "minicpm3": LATENT,
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "dots1": {"n_shared_experts": 1},
+    "flint": {"mlp_only_layers": [0]},
     "starcoder2": {"use_bias": True},
-    "youtu": LATENT,
-}
+} | dict.fromkeys(
+    ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "sarvam_mla", "youtu"), LATENT
+)
 
 
 def tiny(kind: str, **changes: Any) -> PretrainedConfig:
@@ -85,8 +91,19 @@ def quantised(model: PreTrainedModel, directory: Path, group_size: int) -> None:
     """Puts the values that four bits leave in the place of the weights that are split."""
     layout = lay_out(build_skeleton(build_config(directory), torch.float32), 1, 0, 1)
     for path in (*(path for columns in layout.columns for path in columns.paths), *(rows.path for rows in layout.rows)):
-        weight = model.get_submodule(path).weight
-        weight.data = quantize(weight.data, group_size, True).dequantize()
+        weight = weight_of(model, path)
+        weight.copy_(quantize(weight, group_size, True).dequantize())
+
+
+def weight_of(model: PreTrainedModel, path: str) -> Tensor:
+    """A linear's weight in transformers' model, whose experts have theirs in one tensor."""
+    block, found, rest = path.rpartition(".experts.")
+    if not found:
+        return model.get_submodule(path).weight.data
+    experts, (index, name) = model.get_submodule(f"{block}.experts"), rest.split(".")
+    if name == "down_proj":
+        return experts.down_proj.data[int(index)]
+    return experts.gate_up_proj.data[int(index)].chunk(2)[name == "up_proj"]
 
 
 def refusal(kind: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+PACKED = ("gate_up_proj", "down_proj")
 
 
 @dataclass
@@ -92,40 +95,52 @@ def awq(path: str, w: Drawn) -> dict[str, Tensor]:
 def write(
     model: PreTrainedModel, directory: Path, layout: str, group: int, symmetric: bool = False, shuffled: bool = False,
     ignored: tuple[str, ...] = ("lm_head",), rng: random.Random | None = None, bits: int = 4,
+    called: Callable[[str], str] = str,
 ) -> None:  # fmt: skip
     """Writes `model` with random weights of few bits in its linears, and gives the model those weights' values.
 
     Linears whose name ends with one of `ignored` stay as they are. Siblings share an order of their inputs with even
-    odds of `rng`, as they do where one calibration made it.
+    odds of `rng`, as they do where one calibration made it. called: what files call a module of transformers'.
     """
     dtype = torch.float16 if layout in ("gptq", "gptq_v2", "awq") else torch.bfloat16
     tensors: dict[str, Tensor] = {}
     replaced: set[str] = set()
     kept: list[str] = []
     orders: dict[tuple[str, int], Tensor] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or path.endswith(ignored):
-            kept += [path] if isinstance(module, nn.Linear) else []
+    for path, weight, bias in linears(model):
+        if path.endswith(ignored):
+            kept.append(called(path))
             continue
-        w = draw(module.weight.shape, group, symmetric, shuffled, dtype, bits)
+        w = draw(weight.shape, group, symmetric, shuffled, dtype, bits)
         if rng is not None and rng.random() < 0.7:
-            w.group_of = orders.setdefault((path.rpartition(".")[0], module.in_features), w.group_of)
+            w.group_of = orders.setdefault((path.rpartition(".")[0], weight.shape[1]), w.group_of)
+        replaced |= {f"{path}.weight", f"{path}.bias"} | {f"{path.rpartition('.experts.')[0]}.experts.{x}" for x in PACKED}
+        weight.copy_(w.value)
+        path = called(path)
         if layout in ("pack-quantized", "int-quantized"):
             tensors |= compressed(path, w, symmetric, shuffled, layout == "pack-quantized")
         else:
             tensors |= awq(path, w) if layout == "awq" else gptq(path, w, 1 if layout == "gptq" else 2)
-        if module.bias is not None:
-            tensors[f"{path}.bias"] = module.bias.data
-            replaced.add(f"{path}.bias")
-        module.weight.data = w.value
-        replaced.add(f"{path}.weight")
-    tensors = {n: v.data for n, v in model.named_parameters() if n not in replaced} | tensors
+        if bias is not None:
+            tensors[f"{path}.bias"] = bias
+    tensors = {called(n): v.data for n, v in model.named_parameters() if n not in replaced} | tensors
     directory.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(directory)
     save_file({n: v.contiguous() for n, v in tensors.items()}, directory / "model.safetensors", metadata={"format": "pt"})
     path_ = directory / "config.json"
     about = config(layout, bits, group, symmetric, shuffled, kept)
     path_.write_text(json.dumps(json.loads(path_.read_text()) | {"quantization_config": about}))
+
+
+def linears(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Path, weight [N, K] and bias of every linear, experts' among them: in transformers each is a slice of a tensor."""
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear:
+            yield path, module.weight.data, None if module.bias is None else module.bias.data
+        elif path.endswith(".experts"):
+            for index, (gate_up, down) in enumerate(zip(module.gate_up_proj.data, module.down_proj.data, strict=True)):
+                for name, weight in zip(("gate_proj", "up_proj", "down_proj"), (*gate_up.chunk(2), down), strict=True):
+                    yield f"{path}.{index}.{name}", weight, None
 
 
 def config(layout: str, bits: int, group: int, symmetric: bool, shuffled: bool, kept: list[str]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 from architectures import KINDS, build, quantised, row
-from tiny_models import config_of, logits_on, prompts, reference
+from near_ties import decided
+from tiny_models import config_of, logits_on
 
 from runtime.checkpoint import ModelError
 
@@ -32,14 +33,13 @@ def test_it_runs_as_in_transformers_or_says_why_not(kind: str, seed: int, tmp_pa
     why = ""
     try:
         model = build(kind, tmp_path, seed, num_key_value_heads=rng.choice([1, 2, 4]))
-        sequences = prompts(rng, 3)
-        wanted = [reference(model, tokens) for tokens in sequences]
+        sequences, wanted = decided(model, rng, 3)
         for size in (1, 2, 3, 4):
             found = logits_on(size, config_of(tmp_path), sequences, rng, rng.choice([1, 5, 40]))
             for a, b in zip(found, wanted, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
         quantised(model, tmp_path, 32)
-        wanted = [reference(model, tokens) for tokens in sequences]
+        sequences, wanted = decided(model, rng, 3)
         config = config_of(tmp_path, quantization="int4", group_size=32, activations="16bit")
         for a, b in zip(logits_on(rng.randint(1, 4), config, sequences, rng), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)

@@ -94,7 +94,7 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     resident: Resident | None = None
     if lives_on(device):
         proposer = make_proposer(config, own, drafter, inner, device)
-        graphs = Graphs(capture_on(device))
+        graphs = Graphs(capture_on(device) if models.capturable else None)
         resident = Resident(
             models.fast, cache, inner, proposer, graphs, own.lookups + own.chains, config.engine.max_num_seqs, longest, budget
         )

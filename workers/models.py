@@ -40,6 +40,11 @@ class Models:
         return [model for model in (self.verifier, self.replica) if model is not None]
 
     @property
+    def capturable(self) -> bool:
+        """Whether rounds on the device can be CUDA graphs."""
+        return self.fast.capturable and (self.replica is None or self.replica.capturable)
+
+    @property
     def digest(self) -> str:
         return "".join(model.digest for model in (self.verifier, self.cheap, self.replica) if model is not None)
 

@@ -1,0 +1,185 @@
+"""Mixtures of experts: each expert a module of plain linears, and the sum of those that a row is sent to.
+
+transformers holds the experts of a layer in two tensors of three dimensions. Here each has gate_proj, up_proj and
+down_proj of its own, as checkpoints name them: so that four bits, files in others' formats and the quantiser, which know
+linears, know experts too. A rank has whole experts, and which a row is sent to is decided on every rank alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+
+from runtime.checkpoint import ModelError
+from runtime.comm import Communicator, Solo
+from runtime.kernels.folding import tree
+from runtime.kernels.reference import CHUNK
+from runtime.shard import Span
+
+PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # what lies in one tensor in transformers
+SOURCE = re.compile(r"experts\.\*\.(\w+)\.weight\$?")  # how transformers describes one expert's tensor in a checkpoint
+
+
+class Expert(nn.Module):
+    """[M, W] -> [M, W], with an inner width."""
+
+    def __init__(self, width: int, inner: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act_fn = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Experts(nn.Module):
+    """Stands in for the experts of a layer, its children "0", "1", ...: of them all, or of this rank's after `keep`.
+
+    A row's experts are added in float32 in the order of their numbers, those of a block by themselves, and then the blocks
+    as a binary tree (`folding.tree`): so a row's bits depend neither on other rows nor, if each rank's blocks are a whole
+    branch, on the number of ranks.
+    """
+
+    def __init__(self, count: int, width: int, inner: int, activation: nn.Module) -> None:
+        super().__init__()
+        for index in range(count):
+            self.add_module(str(index), Expert(width, inner, activation))
+        self.count = count
+        self._blocks = [Span(0, count)]
+        self._comm: Communicator = Solo()
+
+    def keep(self, span: Span, borders: Sequence[int], comm: Communicator) -> None:
+        """Lets go of all experts but those of `span`. borders: between its blocks, counted from its start."""
+        for index in {*range(self.count)} - {*range(*span)}:
+            delattr(self, str(index))
+        edges = (0, *borders, span.width)
+        self._blocks = [Span(span.start + first, span.start + last) for first, last in pairwise(edges)]
+        self._comm = comm
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x [M, W], chosen int64 [M, k], the experts of a row, and their weights [M, k] -> [M, W], summed over the ranks."""
+        order = torch.argsort(chosen.flatten(), stable=True)
+        rows, shares = order // chosen.shape[1], weights.flatten()[order].float()[:, None]
+        counts = torch.bincount(chosen.flatten(), minlength=self.count).tolist()
+        first = sum(counts[: self._blocks[0].start])
+        sums = x.new_zeros(len(self._blocks), *x.shape, dtype=torch.float32)
+        for total, block in zip(sums, self._blocks, strict=True):
+            for index in range(*block):
+                if count := counts[index]:
+                    mine = rows[first : first + count]
+                    total[mine] += self.get_submodule(str(index))(x[mine]).float() * shares[first : first + count]
+                    first += count
+        return self._comm.all_reduce(tree(sums.unbind()), x.dtype)
+
+
+class InChunks(nn.Module):
+    """A router that sees so many rows at a time, always exactly so many: what libraries make of a row then depends on no
+    other (`kernels.reference.CHUNK`)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        """x: [M, W] or [1, M, W]; more: what is no row's, such as a bias for each expert -> tensors of M rows."""
+        flat = x.reshape(-1, x.shape[-1])
+        size = CHUNK.get(x.device.type, 32)
+        chunks = functional.pad(flat, (0, 0, 0, -len(flat) % size or size * (len(flat) == 0))).split(size)
+        outs = [self.inner(rows.view(*x.shape[:-2], size, -1), *more) for rows in chunks]
+        return tuple(torch.cat(parts)[: len(flat)] for parts in zip(*outs, strict=True))
+
+
+def unpack_experts(model: PreTrainedModel) -> None:
+    """Puts `Experts` in the place of packed ones, in a skeleton. Raises ModelError for experts that compute another thing."""
+    known: set[type[nn.Module]] = set()
+    for path, module in list(model.named_modules()):
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
+        if not any(len(shape) == 3 for shape in shapes.values()):
+            continue
+        count, width, inner = shapes.get("down_proj", (0, 0, 0))
+        usual = shapes == {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
+        usual = usual and [name for name, _ in module.named_children()] == ["act_fn"]
+        if not usual or not (type(module) in known or _computes_ours(module)):
+            raise ModelError(f"{model.config.model_type} has experts that compute something else than gate, up and down")
+        known.add(type(module))
+        with torch.device("meta"):
+            ours = Experts(count, width, inner, module.get_submodule("act_fn"))
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, ours)
+
+
+def _computes_ours(module: nn.Module) -> bool:
+    """Whether packed experts of transformers give what ours give, with a few small weights."""
+    count, width, inner, rows = 3, 8, 16, 5
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.copy(module)
+    shapes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
+    packed = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    x = torch.randn(rows, width, generator=generator)
+    chosen = torch.rand(rows, count, generator=generator).argsort(dim=1)[:, :2]
+    weights = torch.rand(rows, 2, generator=generator)
+    try:
+        probe._parameters = {name: nn.Parameter(value) for name, value in packed.items()}
+        probe.num_experts = count  # type: ignore[assignment]
+        ours = Experts(count, width, inner, module.get_submodule("act_fn"))
+        for index in range(count):
+            expert: Any = ours.get_submodule(str(index))
+            expert.gate_proj.weight.data, expert.up_proj.weight.data = packed["gate_up_proj"][index].chunk(2)
+            expert.down_proj.weight.data = packed["down_proj"][index]
+        with torch.no_grad():
+            wanted, found = probe(x, chosen, weights), ours(x, chosen, weights)
+    except (RuntimeError, AttributeError, TypeError, ValueError, KeyError, IndexError):
+        return False
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() < 1e-4)
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """The layers' experts by path."""
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            yield path, module
+
+
+def slices_of(path: str, experts: Experts) -> Iterator[tuple[str, list[list[str]]]]:
+    """The tensors in which a checkpoint may have the experts packed, and what lies in each of their slices."""
+    for name, parts in PACKED.items():
+        yield f"{path}.{name}", [[f"{path}.{index}.{part}.weight" for part in parts] for index in range(experts.count)]
+
+
+def names_in_files(converter: WeightConverter) -> dict[str, str]:
+    """Ours of the names that checkpoints have for an expert's linears; {} if the converter packs something else."""
+    (target, *others) = converter.target_patterns
+    ours = PACKED.get(target.rstrip("$").rpartition("experts.")[2], ())
+    theirs = [SOURCE.search(source) for source in converter.source_patterns]
+    if others or len(ours) != len(theirs) or not all(theirs):
+        return {}
+    return {found[1]: name for found, name in zip(theirs, ours, strict=True) if found}
+
+
+def routers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that choose experts, by path: those beside experts whose only matrix has a row for each."""
+    for path, experts in experts_of(model):
+        block = path.rpartition(".")[0]
+        for name, module in model.get_submodule(block).named_children():
+            matrices = [x.shape[0] for x in module.parameters() if x.dim() == 2 and len(x) > 1]
+            if module is not experts and type(module) is not nn.Linear and matrices == [experts.count]:
+                yield f"{block}.{name}", module
+
+
+def steady_routers(model: nn.Module) -> None:
+    """Wraps the routers of a model in `InChunks`, in place."""
+    for path, module in list(routers_of(model)):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, InChunks(module))
