@@ -66,6 +66,10 @@ class Checkpoint:
                 self.shapes[new], self.dtypes[new] = self.shapes.pop(old), self.dtypes.pop(old)
                 self._where[new] = self._where.pop(old)
 
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files; one that lies in another has its own name only here."""
+        return name if name in self._slices else self._stored.get(name, name)
+
     def take_apart(self, name: str, parts: Sequence[Sequence[str]]) -> None:
         """Sees a tensor [E, N, K], if it is here, as tensors [n, K] with names of their own: parts[e] are what lies, one
         under the other, in slice e."""

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
-from runtime.checkpoint import ModelError
+from runtime.checkpoint import Checkpoint, ModelError
 from runtime.comm import Communicator, Solo
 from runtime.kernels.folding import tree
 from runtime.kernels.reference import CHUNK
@@ -152,10 +152,12 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Experts]]:
             yield path, module
 
 
-def slices_of(path: str, experts: Experts) -> Iterator[tuple[str, list[list[str]]]]:
-    """The tensors in which a checkpoint may have the experts packed, and what lies in each of their slices."""
-    for name, parts in PACKED.items():
-        yield f"{path}.{name}", [[f"{path}.{index}.{part}.weight" for part in parts] for index in range(experts.count)]
+def unpack_files(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Sees the tensors in which a checkpoint may have a layer's experts packed as those of their linears."""
+    for path, experts in experts_of(model):
+        for name, parts in PACKED.items():
+            inside = [[f"{path}.{index}.{part}.weight" for part in parts] for index in range(experts.count)]
+            checkpoint.take_apart(f"{path}.{name}", inside)
 
 
 def names_in_files(converter: WeightConverter) -> dict[str, str]:
@@ -175,7 +177,7 @@ def routers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, module in model.get_submodule(block).named_children():
             matrices = [x.shape[0] for x in module.parameters() if x.dim() == 2 and len(x) > 1]
             if module is not experts and type(module) is not nn.Linear and matrices == [experts.count]:
-                yield f"{block}.{name}", module
+                yield f"{block}.{name}".removeprefix("."), module
 
 
 def steady_routers(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from runtime.belt import Belt
 from runtime.checkpoint import DTYPES, Checkpoint, ModelError, read_json
 from runtime.comm import Communicator
 from runtime.decoder import Decoder, Trial, fuse
-from runtime.experts import experts_of, slices_of, steady_routers
+from runtime.experts import experts_of, steady_routers, unpack_files
 from runtime.kernels import reference, select
 from runtime.kernels.loose import loosened
 from runtime.kv_cache import CacheShape, KVCache
@@ -120,9 +120,7 @@ def load_model(
         dtype = _dtype(config, description, checkpoint)
         module = build_skeleton(description, dtype, length)
         checkpoint.rename(present_names(module))
-        for path, experts in experts_of(module):
-            for name, parts in slices_of(path, experts):
-                checkpoint.take_apart(name, parts)
+        unpack_files(module, checkpoint)
         expected = dict(weight_names(module))
         tied = tied_weights(module)
         num_parameters = sum(weight.numel() for name, weight in module.named_parameters() if name in expected)

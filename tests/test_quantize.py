@@ -143,7 +143,7 @@ class Layer(nn.Module):
 def test_where_a_scale_can_be_taken_back_is_found(seed: int) -> None:
     torch.manual_seed(seed)
     layer, x = Layer().requires_grad_(False), torch.randn(1, 20, 64)
-    stages = survey(layer, lambda layer: layer(x))
+    stages = survey(layer, [lambda layer: layer(x)])
     assert [stage.paths for stage in stages] == [["a", "b"], ["c"]]
     before = [p.clone() for p in layer.parameters()]
     assert find_producer(stages[0].before, [layer.a, layer.b], lambda: layer(x)) is layer.norm

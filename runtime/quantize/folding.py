@@ -34,13 +34,14 @@ def find_producer(before: Sequence[nn.Module], consumers: Sequence[nn.Linear], r
     `run` gives the layer's output on some calibration. All weights are float32; they are left as they were.
     """
     width = consumers[0].in_features
+    fitting = [producer for producer in reversed(before) if len(producer.weight) == width]  # type: ignore[arg-type]
+    if not fitting:
+        return None
     expected = run()
     generator = torch.Generator().manual_seed(0)
     scale = (torch.rand(width, generator=generator) + 0.5).to(expected.device)
     room = ROOM * float(expected.float().square().mean().sqrt())
-    for producer in reversed(before):
-        if not _fits(producer, width):
-            continue
+    for producer in fitting:
         saved = [(p, p.data) for module in (producer, *consumers) for p in module.parameters(recurse=False)]
         divide(producer, scale)
         multiply(consumers, scale)
@@ -58,7 +59,3 @@ def producers(layer: nn.Module) -> Iterator[nn.Module]:
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) or (isinstance(weight, Tensor) and weight.dim() == 1):
             yield module
-
-
-def _fits(producer: nn.Module, width: int) -> bool:
-    return len(producer.weight) == width  # type: ignore[arg-type]

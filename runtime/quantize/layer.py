@@ -8,13 +8,16 @@ full precision: so that later linears mend what earlier ones broke.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from runtime.experts import Expert, experts_of, routers_of
 from runtime.quantize.awq import clipped, search_scale
 from runtime.quantize.folding import find_producer, multiply, producers
 from runtime.quantize.gptq import DAMPING, compensated, gptq
@@ -55,39 +58,47 @@ class Moments:
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears with one input, by path within the layer, and the modules that were called before them."""
+    """Linears with one input, by path within the layer; the modules that were called before them, an expert's own if they
+    are of one; and a window in which they were called."""
 
     paths: list[str]
     before: list[nn.Module]
+    run: Run
 
 
 def quantize_layer(
     layer: nn.Module, runs: Sequence[Run], plain: Sequence[Run], recipe: Recipe, dtype: torch.dtype
-) -> dict[str, Int4Weight]:
+) -> tuple[dict[str, Int4Weight], list[str]]:
     """Rounds every linear of a layer whose weights are float32; the layer then holds the values that four bits leave.
 
     runs: the windows of calibration as the layers before, in four bits, hand them on; plain: as they would in full
     precision. All methods but rtn need them. dtype: what norms and biases are stored in. Holds a second copy of the layer.
-    Returns the weights by path within the layer. Raises ValueError for groups that don't fit, NotFactored.
+    Returns the weights by path within the layer, and which of them calibration never reached: these are rounded to nearest.
+    Raises ValueError for groups that don't fit, NotFactored.
     """
-    linears = {path: m for path, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    linears = roundable(layer)
+
+    def nearest(path: str) -> Int4Weight:
+        return _take(linears[path], quantize(linears[path].weight.data, recipe.group_size, recipe.symmetric))
+
     if recipe.method == "rtn":
-        return {path: _take(m, quantize(m.weight.data, recipe.group_size, recipe.symmetric)) for path, m in linears.items()}
-    stages = survey(layer, runs[0])
+        return {path: nearest(path) for path in linears}, []
+    waves = together(layer, survey(layer, runs))
     if recipe.method.startswith("awq"):
-        seen = collect(layer, layer, [stage.paths[0] for stage in stages], runs, runs)
-        for stage in stages:
-            consumers = [linears[path] for path in stage.paths]
-            producer = find_producer(stage.before, consumers, lambda: runs[0](layer))
-            if producer is not None:
-                moments, weights = seen[stage.paths[0]], [m.weight.data for m in consumers]
-                scale = search_scale(weights, moments.second, moments.magnitude, recipe.group_size, recipe.symmetric)
-                multiply(consumers, _fold(producer, scale, dtype))
+        for wave in waves:
+            seen = collect(layer, layer, [stage.paths[0] for stage in wave], runs, runs)
+            for stage in wave:
+                consumers = [linears[path] for path in stage.paths]
+                producer = find_producer(stage.before, consumers, partial(stage.run, layer))
+                if producer is not None:
+                    moments, weights = seen[stage.paths[0]], [m.weight.data for m in consumers]
+                    scale = search_scale(weights, moments.second, moments.magnitude, recipe.group_size, recipe.symmetric)
+                    multiply(consumers, _fold(producer, scale, dtype))
     whole = copy.deepcopy(layer)
     made: dict[str, Int4Weight] = {}
-    for stage in stages:
-        moments = collect(layer, whole, [stage.paths[0]], runs, plain)[stage.paths[0]]
-        for path in stage.paths:
+    for wave in waves:
+        seen = collect(layer, whole, [stage.paths[0] for stage in wave], runs, plain)
+        for path, moments in ((path, seen[stage.paths[0]]) for stage in wave if stage.paths[0] in seen for path in stage.paths):
             weight = linears[path].weight.data
             if recipe.method == "awq":
                 four = clipped(weight, moments.second, recipe.group_size, recipe.symmetric)
@@ -97,24 +108,64 @@ def quantize_layer(
                     recipe.group_size, recipe.symmetric, activation_order=recipe.activation_order, damping=recipe.damping,
                 )  # fmt: skip
             made[path] = _take(linears[path], four)
-    for path in set(linears) - set(made):  # never called by this calibration
-        made[path] = _take(linears[path], quantize(linears[path].weight.data, recipe.group_size, recipe.symmetric))
-    return made
+    unreached = [path for path in linears if path not in made]
+    return made | {path: nearest(path) for path in unreached}, unreached
 
 
-def survey(layer: nn.Module, run: Run) -> list[Stage]:
-    """In which order the layer calls its linears, and which of them share an input."""
-    paths = {module: path for path, module in layer.named_modules()}
+def roundable(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a layer that are rounded, by path: not those of routers, nor such as have fewer outputs than a word."""
+    routers = tuple(f"{path}." for path, _ in routers_of(layer))
+    return {
+        path: m for path, m in layer.named_modules()
+        if type(m) is nn.Linear and m.out_features >= 8 and not path.startswith(routers)
+    }  # fmt: skip
+
+
+def together(layer: nn.Module, stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Stages that one pass over calibration can serve: none feeds another, as one expert's don't another's. There are as
+    many in one as have moments that take no more memory than the layer."""
+    room = sum(parameter.numel() for parameter in layer.parameters())
+    alike: dict[tuple[str, int], list[Stage]] = {}
+    stages_of: Counter[str] = Counter()
+    for stage in stages:
+        owner = stage.paths[0].rpartition(".")[0]
+        of_expert = isinstance(layer.get_submodule(owner), Expert)
+        key = owner.rpartition(".")[0] if of_expert else stage.paths[0], stages_of[owner]
+        stages_of[owner] += 1
+        alike.setdefault(key, []).append(stage)
+    waves: list[list[Stage]] = []
+    for group in alike.values():
+        inputs = roundable(layer)[group[0].paths[0]].in_features
+        most = max(1, room // (2 * inputs**2))
+        waves += [group[i : i + most] for i in range(0, len(group), most)]
+    return waves
+
+
+def survey(layer: nn.Module, runs: Sequence[Run]) -> list[Stage]:
+    """In which order the layer calls its linears, and which of them share an input. Windows are run until all are known."""
+    stages: list[Stage] = []
+    known: set[str] = set()
+    for run in runs:
+        if len(known) < len(roundable(layer)):
+            stages += [stage for stage in _stages(layer, run) if known.isdisjoint(stage.paths)]
+            known.update(path for stage in stages for path in stage.paths)
+    return stages
+
+
+def _stages(layer: nn.Module, run: Run) -> list[Stage]:
+    paths = {module: path for path, module in roundable(layer).items()}
+    owners = {inner: expert for expert in layer.modules() if isinstance(expert, Expert) for inner in expert.modules()}
     stages: list[Stage] = []
     called: list[nn.Module] = []
     inputs: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if isinstance(module, nn.Linear):
+        if module in paths:
             known = next((i for i, x in enumerate(inputs) if x is args[0]), None)
             if known is None:
                 inputs.append(args[0])
-                stages.append(Stage([paths[module]], list(called)))
+                before = [other for other in called if owners.get(other) is owners.get(module)]
+                stages.append(Stage([paths[module]], before, run))
             else:
                 stages[known].paths.append(paths[module])
         called.append(module)
@@ -131,12 +182,14 @@ def survey(layer: nn.Module, run: Run) -> list[Stage]:
 def collect(
     layer: nn.Module, whole: nn.Module, paths: Sequence[str], runs: Sequence[Run], plain: Sequence[Run]
 ) -> dict[str, Moments]:
-    """The moments of these linears' inputs over all windows. whole: the layer in full precision, for `plain`."""
+    """The moments of these linears' inputs over all windows, of those that get any. whole: the layer in full precision, for
+    `plain`; its experts get the rows that are sent to the layer's."""
     found: dict[str, Moments] = {}
     for run, true_run in zip(runs, plain, strict=True):
-        seen = inputs_of(layer, paths, run)
-        true = seen if whole is layer else inputs_of(whole, paths, true_run)
-        for path in paths:
+        choices: list[tuple[Tensor, ...]] = []
+        seen = inputs_of(layer, paths, run, choices)
+        true = seen if whole is layer else inputs_of(whole, paths, true_run, choices, again=True)
+        for path in seen:
             x = seen[path]
             if path not in found:
                 square = x.new_zeros(x.shape[1], x.shape[1])
@@ -145,20 +198,32 @@ def collect(
     return found
 
 
-def inputs_of(layer: nn.Module, paths: Sequence[str], run: Run) -> dict[str, Tensor]:
-    """What a window brings to these linears, float32 [T, K] each."""
+def inputs_of(
+    layer: nn.Module, paths: Sequence[str], run: Run, choices: list[tuple[Tensor, ...]], again: bool = False
+) -> dict[str, Tensor]:
+    """What a window brings to those of these linears that are called, float32 [T, K] each.
+
+    choices: the experts that routers choose, and their weights, are noted here; or, `again`, taken from here.
+    """
     found: dict[str, list[Tensor]] = {path: [] for path in paths}
+
+    def send(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if again:
+            return args[0], *choices.pop(0)
+        choices.append(args[1:])
+        return None
 
     def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: found[path].append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
 
     hooks = [layer.get_submodule(path).register_forward_pre_hook(note(path)) for path in paths]
+    hooks += [experts.register_forward_pre_hook(send) for _, experts in experts_of(layer)]
     try:
         run(layer)
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: torch.cat(parts) for path, parts in found.items()}
+    return {path: torch.cat(parts) for path, parts in found.items() if parts}
 
 
 def _take(linear: nn.Linear, weight: Int4Weight) -> Int4Weight:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -24,9 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from runtime.checkpoint import DTYPES, INDEX, Checkpoint, ModelError, read_json
-from runtime.quantize.layer import Recipe, Run, quantize_layer
+from runtime.experts import routers_of, unpack_files
+from runtime.quantize.layer import Recipe, Run, quantize_layer, roundable
 from runtime.quantize.written import description, expanded, packed_tensors
 from runtime.skeleton import build_config, build_skeleton, path_of, present_names, tied_weights, weight_names
+
+log = logging.getLogger(__name__)
 
 MARK = "quantization_recipe.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -49,6 +53,7 @@ def quantize_model(
     module.config._attn_implementation = "eager"  # the one that every architecture has, soft caps and sinks included
     checkpoint = Checkpoint(source)
     checkpoint.rename(present_names(module))
+    unpack_files(module, checkpoint)
     try:
         checkpoint.check(dict(weight_names(module)), set(checkpoint.shapes) & set(tied_weights(module)))
         layers = decoder_layers(module)
@@ -79,10 +84,7 @@ class _Writer:
         self.module, self.layers, self.checkpoint, self.output = module, layers, checkpoint, output
         self.recipe, self.device, self.on_layer = recipe, device, on_layer
         self.prefix = path_of(module, layers)
-        self.packed = {
-            f"{self.prefix}.{i}.{path}" for i, layer in enumerate(layers)
-            for path, m in layer.named_modules() if isinstance(m, nn.Linear)
-        }  # fmt: skip
+        self.packed = {f"{self.prefix}.{i}.{path}" for i, layer in enumerate(layers) for path in roundable(layer)}
 
     @torch.no_grad()
     def work(self, windows: Tensor | None) -> None:
@@ -128,30 +130,40 @@ class _Writer:
         if path.exists():
             tensors = load_file(path)
             for name, full in names.items():
-                linear = full.removesuffix(".weight")
-                value = expanded(linear, tensors, self.recipe.group_size) if linear in self.packed else tensors[full].float()
+                stored = self.checkpoint.stored_name(full)
+                if full.removesuffix(".weight") in self.packed:
+                    value = expanded(stored.removesuffix(".weight"), tensors, self.recipe.group_size)
+                else:
+                    value = tensors[stored].float()
                 _put(layer, name, value.to(self.device))
         else:
             prefix = f"{self.prefix}.{index}."
             dtype = DTYPES[self.checkpoint.dtypes[next(iter(names.values()))]]
             try:
-                made = quantize_layer(layer, runs, plain, self.recipe, dtype)
+                made, unreached = quantize_layer(layer, runs, plain, self.recipe, dtype)
             except ValueError as error:
                 raise ModelError(f"{prefix[:-1]} cannot be quantised: {error}; try another --group-size") from error
+            if unreached:
+                log.warning(
+                    "%s: calibration never reached %d of its %d linears, %s among them; these are rounded to nearest, and more "
+                    "--samples may reach them", prefix[:-1], len(unreached), len(made), unreached[0],
+                )  # fmt: skip
             tensors = {}
             for name, full in names.items():
-                stored, linear = DTYPES[self.checkpoint.dtypes[full]], name.removesuffix(".weight")
+                kind, linear = DTYPES[self.checkpoint.dtypes[full]], name.removesuffix(".weight")
+                stored = self.checkpoint.stored_name(full)
                 if linear in made:
-                    tensors |= packed_tensors(f"{prefix}{linear}", made[linear], self.recipe.symmetric, stored)
+                    tensors |= packed_tensors(stored.removesuffix(".weight"), made[linear], self.recipe.symmetric, kind)
                 else:
-                    tensors[full] = layer.get_parameter(name).data.to(stored).cpu().contiguous()
+                    tensors[stored] = layer.get_parameter(name).data.to(kind).cpu().contiguous()
             _save(tensors, path)
         self.on_layer(index + 1, len(self.layers))
 
     def finish(self) -> None:
         """Writes what is outside of layers as it was, and then the files that say what is where."""
         prefix = f"{self.prefix}."
-        rest = {name: self.checkpoint.read(name) for name in self.checkpoint.shapes if not name.startswith(prefix)}
+        names = [name for name in self.checkpoint.shapes if not name.startswith(prefix)]
+        rest = {self.checkpoint.stored_name(name): self.checkpoint.read(name) for name in names}
         _save(rest, self.output / self.file(len(self.layers)))
         files = [self.output / self.file(index) for index in range(len(self.layers) + 1)]
         where = {name: file.name for file in files for name in _names(file)}
@@ -159,6 +171,8 @@ class _Writer:
             if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in (INDEX, "config.json"):
                 shutil.copyfile(file, self.output / file.name)
         kept = [path for path, m in self.module.named_modules() if isinstance(m, nn.Linear) and path not in self.packed]
+        kept += [path for path, _ in routers_of(self.module) if path not in kept]
+        kept = [self.checkpoint.stored_name(f"{path}.weight").removesuffix(".weight") for path in kept]
         about = description(self.recipe.group_size, self.recipe.symmetric, kept)
         config = read_json(self.checkpoint.directory, "config.json") | {"quantization_config": about}
         _write(self.output / "config.json", config)
