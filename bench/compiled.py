@@ -3,6 +3,7 @@
     python -m bench.compiled            # needs triton, whose package brings NVIDIA's assembler
 
 Registers and spills are a thread's, as `cuobjdump -res-usage` reads them; shared memory is a program's. Times need a card.
+The exit code is 1 if anything spills.
 """
 
 import re
@@ -20,7 +21,7 @@ from bench.tables import table
 from runtime.kernels.gpu import attention, cache, dense, gates, layer, linear, sampling
 from runtime.kernels.gpu.table import FOLDER, parse
 
-TABLE = parse((FOLDER / "default.json").read_text())
+TABLES = {80: parse((FOLDER / "default.json").read_text()), 90: parse((FOLDER / "sm-90.json").read_text())}
 EVEN = {"outputs", "inputs", "width", "stride", "stride_t", "stride_h", "more", "turn"}  # multiples of 16 in every model tested
 
 
@@ -55,7 +56,7 @@ def product(
     capability: int, rows: int, split: bool, group: int = 128, zero: bool = False, gate: str | None = None
 ) -> list[str]:  # fmt: skip
     """The int4 product at a layer's shape."""
-    tile = TABLE.product[rows]
+    tile = TABLES[capability].product[rows]
     types = dict.fromkeys(("rows", "outputs", "inputs", "stride", "blocks"), "i32")
     types |= {"x": "*bf16", "codes": "*i32", "scale": "*bf16", "out": "*fp32" if split else "*bf16"}
     constants: dict[str, Any] = {"GROUP": group, "SPAN": group, "ZERO": zero, "SPLIT": split, "PRECISION": "tf32"}
@@ -68,7 +69,7 @@ def product(
 
 def wide(capability: int, rows: int, split: bool, eight: bool, head: bool) -> list[str]:
     """Products of sixteen and eight bits, or the head's with its choice."""
-    tile = TABLE.dense[rows]
+    tile = TABLES[capability].dense[rows]
     types = dict.fromkeys(("rows", "outputs", "inputs", "stride"), "i32") | {"x": "*i8" if eight else "*bf16"}
     types |= {"weight": types["x"]}
     constants: dict[str, Any] = {"WHOLE": True, "PIECE": dense.PIECE, "TILE_N": tile.outputs, "TILE_M": rows}
@@ -96,9 +97,10 @@ def attend(capability: int, rows: int, split: bool, form: str = "same") -> list[
     constants: dict[str, Any] = {"sinks": None, "KV": 8, "GROUP": 4, "SIZE": 16, "DIM": 128, "TILE_D": 128}
     constants |= {"TILE_H": 4, "TILE_T": rows // 4, "FORM": form}
     constants |= {"CAPPED": False, "SINKS": False, "SPLIT": split, "PRECISION": "tf32"}
-    made = build(attention._attend, types, constants, capability, TABLE.attention_warps, TABLE.attention_stages)
+    launch = TABLES[capability].attention[rows if form == "same" else 32]
+    made = build(attention._attend, types, constants, capability, launch.warps, launch.stages)
     held = "" if form == "same" else f", {form} cache"
-    return [f"attention, {rows} rows and heads{held}, {_spread(split)}", str(TABLE.attention_warps), *facts(made)]
+    return [f"attention, {rows} rows and heads{held}, {_spread(split)}", str(launch.warps), *facts(made)]
 
 
 def others(capability: int) -> list[list[str]]:
@@ -156,21 +158,26 @@ def _spread(split: bool) -> str:
     return "a piece each" if split else "all pieces"
 
 
-def main() -> None:
-    print(f"triton {triton.__version__}, the default table, bfloat16\n")
-    for capability in (80, 90):
-        lines = [product(capability, rows, split) for rows in (16, 32, 64, 128) for split in (True, False)]
+def main() -> int:
+    print(f"triton {triton.__version__}, bfloat16, each card with its generation's table or else the default\n")
+    spilled = []
+    for capability, tiles in TABLES.items():
+        lines = [product(capability, rows, split) for rows in tiles.product for split in (True, False)]
         lines += [product(capability, 16, True, group, True) for group in (32, 64, 128)]
-        lines += [product(capability, rows, False, gate="silu") for rows in (16, 64)]
+        lines += [product(capability, 64, False, group, True) for group in (32, 64, 128)]
+        lines += [product(capability, rows, False, gate="silu") for rows in tiles.product]
         lines += [wide(capability, rows, split, False, False) for rows in (16, 64, 128) for split in (True, False)]
         lines += [wide(capability, 16, False, True, False)]
         lines += [wide(capability, rows, False, eight, True) for rows in (16, 32, 64) for eight in (False, True)]
         lines += [attend(capability, rows, split) for rows in (16, 32) for split in (True, False)]
-        lines += [attend(capability, 32, True, form) for form in ("int8", "fp8")]
+        lines += [attend(capability, rows, True, form) for rows in (16, 32) for form in ("int8", "fp8")]
         lines += others(capability)
         print(f"**sm_{capability}**\n")
         print(table(["kernel", "warps", "registers", "spilled bytes", "shared bytes", "matrix instructions"], lines) + "\n")
+        spilled += [line[0] for line in lines if line[3] != "0"]
+    print("nothing spills" if not spilled else f"spills: {'; '.join(spilled)}")
+    return int(bool(spilled))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

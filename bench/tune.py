@@ -25,10 +25,10 @@ from runtime.kernels import gpu
 from runtime.kernels.gpu import dense
 from runtime.kernels.gpu.attention import attend
 from runtime.kernels.gpu.linear import multiply
-from runtime.kernels.gpu.table import FOLDER, Table, Tile, parse, slug
+from runtime.kernels.gpu.table import FOLDER, Launch, Table, Tile, parse, slug
 from runtime.kernels.packed import PackedInt4
 
-TILES = ("product", "dense")
+TILES = ("product", "dense", "attention")
 OUTPUTS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4)
 PROGRAMS = (1.0, 2.0, 4.0)  # for each of the device's processors
 
@@ -79,27 +79,29 @@ def tune_product(table: Table, name: str, weights: Weights) -> Table:
 
 
 def tune_attention(table: Table) -> Table:
-    """Warps and stages for 16 sequences of 4 rows and 2048 keys."""
+    """Warps and stages of both tiles: for 16 sequences of 2048 keys with one row each, and with six."""
     cache = torch.randn(2, 2048, 8, 16, 128, device="cuda").bfloat16()
     tables = torch.randperm(2048, device="cuda").view(16, 128).int()
-    which = torch.arange(16, device="cuda").repeat_interleave(4).int()
-    positions = torch.arange(2044, 2048, device="cuda").repeat(16).int()
-    query = torch.randn(64, 32, 128, device="cuda").bfloat16()
-    times = {}
-    for warps, stages in itertools.product((2, 4, 8), (1, 2, 3)):
-        tried = dataclasses.replace(table, attention_warps=warps, attention_stages=stages)
+    found = {}
+    for tile, height in ((16, 1), (32, 6)):
+        which = torch.arange(16, device="cuda").repeat_interleave(height).int()
+        positions = torch.arange(2048 - height, 2048, device="cuda").repeat(16).int()
+        query = torch.randn(16 * height, 32, 128, device="cuda").bfloat16()
+        times = {}
+        for launch in itertools.starmap(Launch, itertools.product((2, 4, 8), (1, 2, 3))):
+            tried = dataclasses.replace(table, attention={**table.attention, tile: launch})
 
-        def run(_: int, tried: Table = tried) -> object:
-            return attend(query, cache[0], cache[1], tables, which, positions, 128**-0.5, 0, 0.0, None, tried)
-
-        try:
-            times[warps, stages] = microseconds(run, 10)
-        except Exception as error:
-            if type(error).__name__ != "OutOfResources":
-                raise
-    warps, stages = min(times, key=lambda k: times[k])
-    print(f"attention: {warps} warps, {stages} stages, {times[warps, stages]:.1f} us")
-    return dataclasses.replace(table, attention_warps=warps, attention_stages=stages)
+            run = functools.partial(
+                attend, query, cache[0], cache[1], tables, which, positions, 128**-0.5, 0, 0.0, None, tried
+            )  # fmt: skip
+            try:
+                times[launch] = microseconds(lambda _, run=run: run(), 10)  # type: ignore[misc]
+            except Exception as error:
+                if type(error).__name__ != "OutOfResources":
+                    raise
+        found[tile] = min(times, key=lambda launch: times[launch])
+        print(f"attention, {tile} rows: {found[tile]}, {times[found[tile]]:.1f} us", flush=True)
+    return dataclasses.replace(table, attention=found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,7 +141,6 @@ def as_json(table: Table) -> dict[str, object]:
     return {
         **{name: {str(rows): dataclasses.asdict(tile) for rows, tile in getattr(table, name).items()} for name in TILES},
         "programs": table.programs,
-        "attention": {"warps": table.attention_warps, "stages": table.attention_stages},
     }
 
 

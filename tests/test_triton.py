@@ -134,6 +134,17 @@ def test_tables_can_be_read(path: Path) -> None:
     assert 16 in tables.parse(path.read_text()).product and path.stem in ("default", tables.slug(path.stem))
 
 
+@pytest.mark.parametrize(("card", "capability", "rows"), [("Some A100", (8, 0), 64), ("Some H100", (9, 0), 128)])
+def test_a_card_without_a_table_gets_its_generation_s(
+    card: str, capability: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    table = tables.table_of.__wrapped__(torch.device("cuda"))
+    assert max(table.product) == rows and table.tile(table.product, 999, 128)[0] == rows
+    assert [table.tile(table.dense, *size)[0] for size in ((17, 128), (999, 128), (999, 64), (2, 16))] == [32, 128, 64, 16]
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", '{"product": {"17": {"outputs": 64, "warps": 4, "stages": 3}}}', "x"])
 def test_broken_tables_are_refused(text: str) -> None:
     with pytest.raises(ValueError):

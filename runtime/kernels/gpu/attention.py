@@ -237,12 +237,13 @@ def attend(
     tops, totals = query.new_empty(places, dtype=torch.float32), query.new_empty(places, dtype=torch.float32)
     outs = query.new_empty((*places, dim), dtype=torch.float32) if split else result
     (keys, key_scales, form), (values, value_scales, _) = raw(key_cache), raw(value_cache)
+    launch = table.attention[16 if tile_h * tile_t == 16 and form == "same" else 32]  # codes take registers
     _attend[(*grid, pieces if split else 1)](
         query, keys, values, key_scales, value_scales, tables, rows, positions, sinks, outs, tops, totals, count, height,
         len(tables), blocks, tables.shape[1], query.stride(0), query.stride(1), float(scale), float(soft_cap), window, KV=kv,
         GROUP=group, SIZE=size, DIM=dim, FORM=form, TILE_H=tile_h, TILE_T=tile_t, TILE_D=tile_d, CAPPED=soft_cap > 0,
         SINKS=sinks is not None, SPLIT=split, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=table.attention_warps, num_stages=table.attention_stages, enable_fp_fusion=False,
+        num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if split:
         tile = min(16, triton.next_power_of_2(heads))

@@ -144,7 +144,7 @@ def multiply(
         return x.new_zeros(rows, outputs, dtype=dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
-    high, tile = table.tile(table.dense, rows, only=16 if x.dtype == torch.float32 else None)
+    high, tile = table.tile(table.dense, rows, 16 if x.dtype == torch.float32 else 128)
     grid = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, high)
     pieces = triton.cdiv(inputs, PIECE)
     split = scale is None and pieces > 1 and grid[0] * grid[1] < table.programs
@@ -177,8 +177,7 @@ def choose(
     if isinstance(weight, PackedInt8):
         (x, x_scale), scale, weight = _rounded(x), weight.scale, weight.codes
     (rows, inputs), outputs = x.shape, len(weight)
-    tiles = dict(list(table.dense.items())[:3])  # noise takes registers: no more than 64 rows at once
-    high, tile = table.tile(tiles, rows, only=16 if x.dtype == torch.float32 else None)
+    high, tile = table.tile(table.dense, rows, 16 if x.dtype == torch.float32 else 64)  # noise takes registers
     grid = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, high)
     scores = x.new_empty(rows, grid[0], dtype=torch.float32)
     ids = x.new_empty(rows, grid[0], dtype=torch.int32)

@@ -16,7 +16,8 @@ Many rows: one program goes through all pieces. Nothing is atomic. The weight is
 64 outputs on; see `table.Tile`), so rows lie along the side whose length may vary within one instruction: tiles of 16 to
 128 rows run the same one. That is also why a prompt's many rows take no other way, such as a library's product of an
 expanded weight: it would add in an order of its own, and a row would change when its batch grows. A tile of 128 rows
-converts a code for 128 products, which leaves an expanded weight a tenth to gain.
+converts a code for 128 products, which leaves an expanded weight a tenth to gain; before Hopper its sums don't fit into the
+registers, and 64 rows are the most.
 
 **Gates.** Where a product's outputs are gates and ups, a tile takes half its outputs from either, so that it has both of
 a pair and applies the activation to what it would have written; of pieces, the kernel that adds them does.
@@ -99,6 +100,7 @@ def _product(
     m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
     i = tl.arange(0, WIDTH)
     there = m < rows
+    source = tl.minimum(m, rows - 1)  # rows that aren't there repeat the last, which costs fewer registers than a mask
     if GATE is not None:  # gates and their ups in turn
         pair = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N) // 2
         here = pair < outputs // 2
@@ -117,24 +119,26 @@ def _product(
         part = tl.zeros((TILE_N, TILE_M), tl.float32)
         for j in tl.static_range(8):
             k = block * BLOCK + j * WIDTH
-            inside = there[None, :]
             group = k // GROUP
             if not WHOLE:  # words of padding have no group: their rows are zero
-                inside = inside & (k + i < inputs)[:, None]
                 group = tl.minimum(k, inputs - 1) // GROUP
             at = group * outputs + n
             point = tl.load(zero + at, mask=here, other=0).to(tl.float32)[:, None] if ZERO else 8.0
             weight = _take(word, point, j, DTYPE)
-            row = tl.load(x + m[None, :].to(tl.int64) * stride + (k + i)[:, None], mask=inside, other=0.0)
+            spot = x + source[None, :].to(tl.int64) * stride + (k + i)[:, None]
+            row = tl.load(spot) if WHOLE else tl.load(spot, mask=(k + i < inputs)[:, None], other=0.0)
             part = dot(weight, row, part, PRECISION)
             if (j + 1) * WIDTH % SPAN == 0:
                 step = tl.load(scale + at, mask=here, other=0).to(tl.float32)
                 acc = tl.fma(part, step[:, None] + tl.zeros_like(acc), acc)
                 part = tl.zeros((TILE_N, TILE_M), tl.float32)
-        # One loop over all pieces keeps loads under way from one to the next. Zeros change no total.
-        ends = ((block + 1) % PIECE == 0) | (block + 1 == last)
-        total += tl.where(ends, acc, 0.0)
-        acc = tl.where(ends, 0.0, acc)
+        # One loop over all pieces keeps loads under way from one to the next.
+        if not SPLIT:  # noqa: SIM102  which the compiler knows
+            if ((block + 1) % PIECE == 0) | (block + 1 == last):
+                total += acc
+                acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+    if SPLIT:
+        total = acc
     if GATE is not None:
         both = narrow(tl.trans(total), out.dtype.element_ty).reshape(TILE_M, TILE_N // 2, 2)
         gates, ups = tl.split(both)
@@ -208,8 +212,9 @@ def multiply(x: Tensor, packed: PackedInt4, gate: str | None, table: Table, dtyp
         return x.new_zeros(rows, width, dtype=dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
-    # float32 has no matrix instruction to use and fills twice the room.
-    high, tile = table.tile(table.product, rows, only=16 if x.dtype == torch.float32 else None)
+    # float32 has no matrix instruction to use and fills twice the room; zero points take registers.
+    most = 16 if x.dtype == torch.float32 else 128 if packed.zero is None else 64
+    high, tile = table.tile(table.product, rows, most)
     blocks = packed.codes.shape[0]
     pieces = triton.cdiv(blocks, PIECE)
     grid = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, high)

@@ -1,7 +1,8 @@
 """Tuned parameters: a JSON file for each device under `runtime/kernels/tuned/`, made by `python -m bench.tune`.
 
 They say how the work is spread over a device and never what is added in which order: a table changes the time a kernel
-takes and not one bit of its result. A device without a file of its own gets `default.json`; nothing is tuned at start.
+takes and not one bit of its result. A device without a file of its own gets its generation's (`sm-90.json`), or else
+`default.json`; nothing is tuned at start.
 """
 
 import functools
@@ -31,20 +32,28 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """Warps of a program, and loads under way at once."""
+
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Table:
     """product, dense: rows of a tile (16, 32, 64, 128) -> Tile, for weights of four bits, and of eight and sixteen.
-    programs: fewer than so many leave the device idle."""
+    programs: fewer than so many leave the device idle. attention: rows of a tile (16, 32) -> Launch."""
 
     product: dict[int, Tile]
     dense: dict[int, Tile]
     programs: int
-    attention_warps: int
-    attention_stages: int
+    attention: dict[int, Launch]
 
     @staticmethod
-    def tile(tiles: dict[int, Tile], rows: int, only: int | None = None) -> tuple[int, Tile]:
-        """The least tile that holds so many rows, or the largest; `only`: of so many rows."""
-        high = only or min((r for r in tiles if r >= rows), default=max(tiles))
+    def tile(tiles: dict[int, Tile], rows: int, most: int) -> tuple[int, Tile]:
+        """The least tile that holds so many rows, or the largest; none of more than `most`, which is 16 at least."""
+        known = [high for high in tiles if high <= most]
+        high = min((high for high in known if high >= rows), default=max(known))
         return high, tiles[high]
 
 
@@ -55,12 +64,14 @@ def parse(text: str) -> Table:
         product, dense = (
             {int(rows): Tile(**tile) for rows, tile in data[name].items()} for name in ("product", "dense")
         )
-        attention = data["attention"]
-        table = Table(product, dense, int(data["programs"]), int(attention["warps"]), int(attention["stages"]))
+        attention = {int(rows): Launch(**launch) for rows, launch in data["attention"].items()}
+        table = Table(product, dense, int(data["programs"]), attention)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a table of tuned parameters: {error!r}") from error
     if any(not set(rows) <= {16, 32, 64, 128} or 16 not in rows for rows in (product, dense)) or table.programs < 1:
         raise ValueError("row tiles are 16 and some of 32, 64 and 128; programs is 1 or more")
+    if set(table.attention) != {16, 32}:
+        raise ValueError("attention has tiles of 16 and of 32 rows")
     return table
 
 
@@ -71,6 +82,9 @@ def slug(name: str) -> str:
 
 @functools.cache
 def table_of(device: torch.device) -> Table:
-    """A device's own table, or the default. Raises ValueError for a broken one."""
-    own = FOLDER / f"{slug(torch.cuda.get_device_name(device))}.json" if device.type == "cuda" else None
-    return parse((own if own is not None and own.exists() else FOLDER / "default.json").read_text())
+    """A device's own table, its generation's, or the default. Raises ValueError for a broken one."""
+    names = ["default"]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        names = [slug(torch.cuda.get_device_name(device)), f"sm-{major}{minor}", *names]
+    return parse(next(path for name in names if (path := FOLDER / f"{name}.json").exists()).read_text())
