@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.tables import table
+from runtime import filters
 from runtime.kernels.gpu import attention, cache, dense, gates, layer, linear, sampling
 from runtime.kernels.gpu.table import FOLDER, parse
 
@@ -112,7 +113,12 @@ def others(capability: int) -> list[list[str]]:
 
     types = {"logits": "*bf16", "temperatures": "*fp32", "seeds": "*i64", "positions": "*i64", "scores": "*fp32"}
     types |= {"ids": "*i32", "stride": "i32", "first": "i32"}
-    add("best tokens, tiles", sampling._tiles, types, {"VOCAB": 151936, "TILE": sampling.TILE})
+    sizes = {"VOCAB": 151936, "TILE": sampling.TILE}
+    add("best tokens, tiles", sampling._tiles, types, {"cuts": None, **sizes})
+    add("best tokens, tiles, of those above a cut", sampling._tiles, types | {"cuts": "*i64"}, sizes)
+    types = {"logits": "*bf16", "temperatures": "*fp32", "stride": "i32"}
+    add("candidates, tiles", sampling._lists, types | {"keys": "*i64", "first": "i32"}, {"KEPT": filters.WIDTH, **sizes})
+    add("masses, tiles", sampling._sums, types | {"tops": "*fp32", "sums": "*fp64"}, sizes)
     types = {"scores": "*fp32", "ids": "*i32", "best_scores": "*fp32", "best_ids": "*i64", "first": "i32", "tiles": "i32"}
     add("best tokens, merge", sampling._merge, types, {"WIDTH": 256})
     types = {"parts": "*fp32", "out": "*bf16", "count": "i32", "width": "i32", "pieces": "i32"}

@@ -124,6 +124,8 @@ class Engine:
             for slot, tokens in zip(decision.slots.tolist(), decision.each(), strict=True):
                 self.sequences[slot].commit(tokens)
             yield decision, None, sources, resident.rows
+            if resident.stuck(self.sequences.values()):
+                return
 
     def draft(self) -> Round:
         """Schedules the next round and drafts for it."""

@@ -1,106 +1,126 @@
 """Top-k, top-p and min-p over slices of the vocabulary: every rank finds the same cut-off without seeing all logits.
 
 A token is left if its key (`runtime/order.py`) is at or above its row's cut-off. For a cut-off ranks exchange their best
-candidates; what lies above the best of all last candidates is then known completely. Where that doesn't reach the
-cut-off, the rows concerned - and no others, or their number would show - exchange longer lists, up to the whole slice.
+candidates, and the masses of their slices; what lies above the best of all last candidates is then known completely. Where
+that doesn't reach the cut-off, the rows concerned - and no others, or their number would show - exchange longer lists, up to
+the whole slice.
+
+One exchange is a fixed number of operations on fixed shapes, and looks at no value: it can be part of a graph on a device.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.comm import Communicator
-from runtime.order import NONE, Keys, best_keys, keys_of, lowest_key, values_of
+from runtime.kernels import select
+from runtime.order import NONE, lowest_keys, values_in
 from runtime.sequence import Sampling
-from runtime.softmax import exp, sums
+from runtime.softmax import exp, merge_sums, running
 
 WIDTH = 64  # candidates of a rank in the first exchange
 WIDER = 16  # times as many in each that follows
 
 
-def left(scaled: Tensor, samplings: list[Sampling], comm: Communicator, first: int) -> Tensor:
-    """Which tokens min-p, top-k and top-p leave, in this order, as in vLLM; bool [R, V/ranks].
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What R rows filter by. top_k: int64 [R], 0 for no limit; top_p: float64 [R], 1 for none; log_min_p: float64 [R], -inf
+    for none."""
 
-    scaled: float32 [R, V/ranks], logits over temperature, forbidden ones -inf; samplings: of the rows; first: id of the
-    slice's first token. min-p leaves tokens at least `min_p` times as likely as the likeliest; top-k the k likeliest, the
-    smaller id on ties; top-p, of what these leave, each token before which less than `top_p` of the mass lies: one at
-    least. All ranks call this with the same rows, in step. A NaN counts as forbidden here. Raises PeerLost.
+    top_k: Tensor
+    top_p: Tensor
+    log_min_p: Tensor
+
+    @classmethod
+    def of(cls, samplings: list[Sampling], device: torch.device) -> Limits:
+        rows = [limits_of(sampling) for sampling in samplings]
+        top_k, top_p, log_min_p = torch.tensor(rows, dtype=torch.float64).view(len(rows), 3).to(device).unbind(1)
+        return cls(top_k.long(), top_p, log_min_p)
+
+    def __getitem__(self, rows: Tensor | slice) -> Limits:
+        return Limits(self.top_k[rows], self.top_p[rows], self.log_min_p[rows])
+
+    @property
+    def by_mass(self) -> Tensor:
+        """Rows for which the mass of all tokens counts, and not only that of those which other filters leave; bool [R]."""
+        return (self.top_p < 1) & (self.top_k == 0) & self.log_min_p.isneginf()
+
+    def repeat(self, count: int) -> Limits:
+        """Each row `count` times."""
+        return Limits(*(x.repeat_interleave(count) for x in (self.top_k, self.top_p, self.log_min_p)))
+
+
+def limits_of(sampling: Sampling) -> tuple[int, float, float]:
+    """A row's part of `Limits`."""
+    if not sampling.filters:
+        return 0, 1.0, -math.inf
+    return sampling.top_k, sampling.top_p, math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
+
+
+def cut_offs(logits: Tensor, temperatures: Tensor, limits: Limits, comm: Communicator, first: int) -> Tensor:
+    """The smallest keys that min-p, top-k and top-p leave, in this order, as in vLLM; int64 [R], NONE where all is left.
+
+    logits: [R, V/ranks], any float dtype, forbidden ones -inf; temperatures: float32 [R]; first: id of the slice's first
+    token. min-p leaves tokens at least `min_p` times as likely as the likeliest; top-k the k likeliest, the smaller id on
+    ties; top-p, of what these leave, each token before which less than `top_p` of the mass lies: one at least. All ranks
+    call this with the same rows, in step. A NaN counts as forbidden here. Raises PeerLost.
     """
-    scaled = scaled.where(~scaled.isnan(), -torch.inf)
-    keys = keys_of(scaled, torch.arange(first, first + scaled.shape[1], device=scaled.device))
-    pending = list(range(len(samplings)))
-    cuts = np.full(len(samplings), NONE, np.int64)
-    width = WIDTH
-    lists = _exchange(keys, width, comm)
-    tops = values_of(lists[:, :, 0].max(0)).astype(np.float64)
-    floors = [top + math.log(s.min_p) if s.min_p > 0 else -math.inf for top, s in zip(tops.tolist(), samplings, strict=True)]
-    totals = _totals(scaled, samplings, tops, floors, comm)
-    while True:
-        unresolved = []
-        for place, row in enumerate(pending):
-            cut = cut_off(lists[:, place], floors[row], totals.get(row), samplings[row])
-            if cut is None:
-                unresolved.append(row)
-            else:
-                cuts[row] = cut
-        if not unresolved:
-            return keys >= torch.from_numpy(cuts).to(keys.device)[:, None]
-        pending, width = unresolved, width * WIDER
-        lists = _exchange(keys[pending], width, comm)
+    width, heavy = WIDTH, torch.nonzero(limits.by_mass).flatten()
+    masses = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    masses[heavy] = select(logits.device).masses(logits[heavy], temperatures[heavy])
+    cuts, known = look(logits, temperatures, masses, limits, comm, first, width)
+    while len(pending := torch.nonzero(~known).flatten()):
+        width *= WIDER
+        cuts[pending], known[pending] = look(
+            logits[pending], temperatures[pending], masses[pending], limits[pending], comm, first, width
+        )  # fmt: skip
+    return cuts
 
 
-def cut_off(lists: Keys, floor: float, total: float | None, sampling: Sampling) -> int | None:
-    """The smallest key that a row leaves, or None if the lists are too short to know.
+def look(
+    logits: Tensor, temperatures: Tensor, masses: Tensor, limits: Limits, comm: Communicator, first: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """One exchange of `width` candidates: `cut_offs` int64 [R], and bool [R], whether the candidates reach as far.
 
-    lists: int64 [ranks, N], every rank's best in order, ending in NONE where its slice has no more. floor: the least value
-    that min-p leaves. total: mass of all at or above it, relative to the best; None where top-k says what counts.
+    masses: float64 [R], of the slice's tokens (`kernels.masses`), where they count.
     """
-    last = lists[:, -1]
-    bound = int(last.max())  # below it a token may be missing; NONE where no slice has more
-    known = np.sort(lists[lists >= max(bound, NONE + 1)])[::-1]
-    values = values_of(known).astype(np.float64)
-    if not math.isfinite(values[0]):
-        return NONE  # all are forbidden, or one is infinitely likely: nothing to filter by
-    if not sampling.top_k and sampling.top_p >= 1:
-        return lowest_key(floor)
-    count = int((values >= floor).sum())
-    whole = bound == NONE or count < len(known)
-    if sampling.top_k and count >= sampling.top_k:
-        count, whole = sampling.top_k, True
-    if sampling.top_p < 1:
-        if total is None and not whole:
-            return None
-        masses = np.cumsum(exp(torch.from_numpy(values[:count] - values[0])).numpy())  # one after another: fixed bits
-        before = int((masses < sampling.top_p * (masses[-1] if total is None else total)).sum())
-        if before < count:
-            return int(known[before])
-    return int(known[count - 1]) if whole else None
+    keys = select(logits.device).candidates(logits, temperatures, width, first)
+    parts = comm.all_gather(torch.cat([keys, masses.view(torch.int64)[:, None]], dim=1))
+    return settle(parts[:, :, :-1], parts[:, :, -1].contiguous().view(torch.float64), limits)
 
 
-def _exchange(keys: Tensor, width: int, comm: Communicator) -> Keys:
-    """Every rank's `width` best of every row: [R, V/ranks] -> int64 [ranks, R, width]."""
-    lists: Keys = comm.all_gather(best_keys(keys, width)).cpu().numpy()
-    return lists
+def settle(lists: Tensor, masses: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    """`look`, from what the ranks have said.
 
+    lists: int64 [ranks, R, N], every rank's best in order, ending in NONE where its slice has no more. masses: float64
+    [ranks, R], of the slices, relative to their best.
+    """
+    bound = lists[:, :, -1].amax(0)  # below it a token may be missing; NONE where no slice has more
+    keys = lists.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values
+    values = values_in(keys).double()
+    top = values[:, :1]
+    finite = top.isfinite()  # else all are forbidden, or one is infinitely likely: nothing to filter by
+    floor = top + limits.log_min_p[:, None]
+    listed = (keys > NONE) & (keys >= bound[:, None])
+    above = listed & (values >= floor)
+    count = above.sum(1)
+    whole = (bound == NONE) | (count < listed.sum(1))
+    enough = (limits.top_k > 0) & (count >= limits.top_k)
+    count, whole = torch.where(enough, limits.top_k, count), whole | enough
+    last = (count - 1).clamp(min=0)[:, None]
 
-def _totals(
-    scaled: Tensor, samplings: list[Sampling], tops: np.ndarray, floors: list[float], comm: Communicator
-) -> dict[int, float]:
-    """For rows with top-p and without top-k: the mass of what min-p leaves, relative to the likeliest token."""
-    rows = [i for i, s in enumerate(samplings) if s.top_p < 1 and not s.top_k]
-    if not rows:
-        return {}
-    device = scaled.device
-    mine = sums(
-        scaled[rows],
-        torch.from_numpy(tops[rows]).to(device),
-        torch.tensor([floors[row] for row in rows], dtype=torch.float64, device=device),
-    )
-    totals = [0.0] * len(rows)
-    for part in comm.all_gather(mine).tolist():  # added in rank order
-        totals = [a + b for a, b in zip(totals, part, strict=True)]
-    return dict(zip(rows, totals, strict=True))
+    counted = torch.arange(keys.shape[1], device=keys.device) < count[:, None]
+    mass = running(exp((values - top).where(counted & finite, 0.0)).where(counted, 0.0))
+    _, every = merge_sums(values_in(lists[:, :, 0]).double(), masses)
+    total = mass.gather(1, last)[:, 0].where(whole, every)
+    before = (counted & (mass < (limits.top_p * total)[:, None])).sum(1)
+    by_mass = (limits.top_p < 1) & (before < count)
+    cuts = keys.gather(1, torch.where(by_mass[:, None], before[:, None], last))[:, 0]
+    known = whole | (by_mass & limits.by_mass)
+    by_floor = (limits.top_k == 0) & (limits.top_p >= 1)
+    cuts, known = torch.where(by_floor, lowest_keys(floor[:, 0]), cuts), known | by_floor | ~finite[:, 0]
+    return cuts.where(finite[:, 0], NONE), known

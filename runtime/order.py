@@ -5,12 +5,15 @@ With it a row's best candidates, its cut-off and its winner are found by compari
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 Keys = NDArray[np.int64]
+Some = TypeVar("Some", Keys, Tensor)
 
 NONE = -(2**63)  # below every key
 _LAST = 2**31 - 1  # the largest token id
@@ -23,7 +26,7 @@ def keys_of(values: Tensor, ids: Tensor) -> Tensor:
     return (ordered << 32) + (_LAST - ids)
 
 
-def ids_of(keys: Keys) -> Keys:
+def ids_of(keys: Some) -> Some:
     """The token ids of keys."""
     return _LAST - (keys & 0xFFFFFFFF)
 
@@ -34,12 +37,17 @@ def values_of(keys: Keys) -> NDArray[np.float32]:
     return (ordered ^ ((ordered >> 31) & _LAST)).view(np.float32)
 
 
-def lowest_key(value: float) -> int:
-    """The smallest key of any token whose value, a float32, is at least `value`."""
-    bound = np.float32(value)
-    if float(bound) < value:
-        bound = np.nextafter(bound, np.float32(np.inf))
-    return int(keys_of(torch.tensor([bound]), torch.tensor([_LAST]))[0])
+def values_in(keys: Tensor) -> Tensor:
+    """The values of keys on a device, float32; NaN of NONE."""
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & _LAST)).view(torch.float32)
+
+
+def lowest_keys(values: Tensor) -> Tensor:
+    """The smallest keys of any tokens whose values, float32, are at least these, float64; any shape."""
+    bounds = values.float()
+    bounds = torch.where(bounds.double() < values, torch.nextafter(bounds, torch.full_like(bounds, torch.inf)), bounds)
+    return keys_of(bounds, torch.full_like(bounds, _LAST, dtype=torch.int64))
 
 
 def best_keys(keys: Tensor, count: int) -> Tensor:

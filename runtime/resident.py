@@ -20,25 +20,30 @@ from runtime.batch import Batch
 from runtime.blocks import blocks_for
 from runtime.comm import Communicator
 from runtime.drafting.resident import MANY, Proposer, View
+from runtime.filters import Limits, limits_of
 from runtime.graphs import Graphs
 from runtime.kv_cache import KVCache
 from runtime.model import Model
 from runtime.sequence import Sequence
-from runtime.verify import Decision, Ints, NotANumber
+from runtime.verify import NOTHING, Decision, Ints, NotANumber
 
 ENDS = 8  # end tokens of a sequence; one with more runs on the host
-HEADER = 4  # of a row of output: it took part, its drafts, its tokens, its source; then the tokens
+HEADER = 5  # of a row of output: it took part, its drafts, its tokens, its source, whether it waits; then the tokens
 ABSENT = -1
-COLUMNS = ("slot", "length", "limit", "room", "seed", "temperature", "live")  # of a row; then ends, allowances, blocks
+AWAY = 32  # tokens for which a sequence stays with the host once it had to wait for it
+# Of a row; then ends, allowances, blocks.
+COLUMNS = ("slot", "length", "limit", "room", "seed", "temperature", "live", "top_k", "top_p", "log_min_p")
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The shape of a round: sequences, drafts of each, blocks of the longest. All but the drafts are rounded up."""
+    """The shape of a round: sequences, drafts of each, blocks of the longest, whether anybody filters. Sequences and blocks
+    are rounded up."""
 
     sequences: int
     drafts: int
     blocks: int
+    filters: bool
 
 
 class Resident:
@@ -67,16 +72,29 @@ class Resident:
         self._state = zeros(most, self._facts + blocks)
         self._out: dict[Bucket, Tensor] = {}
         self._told: dict[int, tuple[Sequence, int]] = {}  # slot -> whose tokens the history has, and how many
-        self._bucket = Bucket(0, 0, 0)
+        self._away: dict[int, tuple[Sequence, int]] = {}  # slot -> who waits for the host there, and until how many tokens
+        self._bucket = Bucket(0, 0, 0, False)
         self._slots = np.zeros(0, np.int32)  # of the rows, ABSENT where there is nobody
         self._coming: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def fits(self, sequences: Iterable[Sequence]) -> bool:
-        """Whether rounds over these can run here: each with one token to compute, and nothing asked of its logits."""
+        """Whether rounds over these can run here: each with one token to compute, and its logits neither changed nor told."""
         running = [s for s in sequences if s.finish_reason is None]
         return len(running) > 0 and len(self._state) <= self._budget and all(
-            s.num_computed == s.num_committed - 1 and len(s.ends) <= ENDS and s.sampling.plain for s in running
-        )
+            s.num_computed == s.num_committed - 1 and len(s.ends) <= ENDS and not s.edits
+            and s.sampling.logprobs is None and not self._waits(s)
+            for s in running
+        )  # fmt: skip
+
+    def stuck(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether all of these wait for the host, so that rounds which are under way will decide nothing."""
+        running = [s for s in sequences if s.finish_reason is None]
+        return len(running) > 0 and all(map(self._waits, running))
+
+    def _waits(self, sequence: Sequence) -> bool:
+        """Whether filters have left a sequence's token open not long ago: candidates that fall short may do so again."""
+        who, until = self._away.get(sequence.slot, (None, 0))
+        return who is sequence and sequence.num_committed < until
 
     @property
     def ahead(self) -> int:
@@ -104,8 +122,10 @@ class Resident:
         for row, s in zip(state, rows, strict=True):
             if s is not None:
                 room, temperature = len(s.blocks) * self._cache.block_size, np.float32(s.sampling.temperature)
+                top_k, *floats = limits_of(s.sampling)
                 row[: len(COLUMNS)] = (
-                    s.slot, s.num_committed, s.limit, room, s.sampling.seed, temperature.view(np.int32), 1
+                    s.slot, s.num_committed, s.limit, room, s.sampling.seed, temperature.view(np.int32), 1, top_k,
+                    *np.array(floats, np.float64).view(np.int64),
                 )  # fmt: skip
                 row[len(COLUMNS) : len(COLUMNS) + len(s.ends)] = sorted(s.ends)
                 blocks = s.blocks[: self._bucket.blocks]
@@ -142,6 +162,9 @@ class Resident:
         out = out[rows]
         if (out[:, 2] < 0).any():
             raise NotANumber("the model's output is not a number (NaN); its weights, or their type's range, are at fault")
+        for slot in self._slots[rows[out[:, 4] > 0]].tolist():
+            sequence, _ = self._told[slot]
+            self._away[slot] = sequence, sequence.num_committed + AWAY
         tokens = [row[HEADER : HEADER + row[2]] for row in out]
         decision = Decision(
             self._slots[rows], out[:, 1].copy(), out[:, 2].copy(),
@@ -160,7 +183,7 @@ class Resident:
         width = 0 if self._proposer is None else max(0, min(width, self._budget // rows - 1))
         furthest = max(min(s.limit, s.num_committed + rounds * (width + 1)) for s in running)
         blocks = min(_power(blocks_for(furthest, self._cache.block_size)), self._state.shape[1] - self._facts)
-        return Bucket(rows, width, blocks)
+        return Bucket(rows, width, blocks, any(s.sampling.filters for s in running))
 
     def _tell(self, running: list[Sequence]) -> None:
         """Writes the tokens that were committed since the last time; those which rounds have written here come out the same."""
@@ -182,12 +205,14 @@ class Resident:
         """One round over the tensors, for S sequences of which some may not be there."""
         width, device = bucket.drafts, self.device
         state, places = self._state[: bucket.sequences], bucket.blocks * self._cache.block_size
-        slot, length, limit, room, seeds, temperatures, live = state[:, : len(COLUMNS)].clone().unbind(1)
+        columns = state[:, : len(COLUMNS)].clone().unbind(1)
+        slot, length, limit, room, seeds, temperatures, live, top_k, top_p, log_min_p = columns
         widths = [ENDS, 1 + self._sources, state.shape[1] - self._facts]
         ends, allowances, tables = state[:, len(COLUMNS) :].split(widths, 1)
         live, temperatures = live > 0, temperatures.int().view(torch.float32)
         tables = tables[:, : bucket.blocks].int()
-        view = View(self._history[slot, :places], length.where(live, 0), room, tables, temperatures, seeds)
+        limits = Limits(top_k, top_p.view(torch.float64), log_min_p.view(torch.float64)) if bucket.filters else None
+        view = View(self._history[slot, :places], length.where(live, 0), room, tables, temperatures, seeds, limits)
         active = live & (length <= room)
         most = torch.minimum(limit - length - 1, room - length)
         step = torch.arange(width + 1, device=device)
@@ -195,20 +220,23 @@ class Resident:
         last = view.history.gather(1, (length - 1).clamp(min=0)[:, None]).long()
         valid = active[:, None] & (step <= num_drafts[:, None])
         batch = view.batch(torch.cat([last, drafts], 1), length - 1, valid, self._cache.block_size)
-        targets, broken = self._targets(batch, view, length[:, None] + step)
-        stands = (targets[:, :width] == drafts) & (step[:width] < num_drafts[:, None])
-        decided = torch.where(active, stands.long().cumprod(1).sum(1) + 1, 0)
+        targets, broken, known = self._targets(batch, view, length[:, None] + step)
+        stands = (targets[:, :width] == drafts) & (step[:width] < num_drafts[:, None]) & known[:, :width]
+        stood = stands.long().cumprod(1).sum(1, keepdim=True)
+        settled = known.gather(1, stood)[:, 0]  # else the token after the drafts that stand is the host's to find
+        decided = torch.where(active, stood[:, 0] + settled, 0)
+        waits = active & ~settled
         num_tokens = torch.where((broken & valid).any(1), -1, decided)
 
         within = step < decided[:, None]
         ended = (targets[:, :, None] == ends[:, None]).any(2) | (length[:, None] + step + 1 >= limit[:, None])
-        ended &= within
+        ended = within & (ended | (targets == NOTHING))
         kept = within & ((ended.long().cumsum(1) - ended.long()) == 0)  # up to the first that ends it, which counts
         spare = self._history.shape[1] - 1
         self._history[slot[:, None], torch.where(kept, length[:, None] + step, spare)] = targets.int()
         state[:, COLUMNS.index("length")] += kept.sum(1)
-        state[:, COLUMNS.index("live")] *= ~ended.any(1)
-        header = torch.stack([active.long(), num_drafts, num_tokens, sources], 1)
+        state[:, COLUMNS.index("live")] *= ~(ended.any(1) | waits)
+        header = torch.stack([active.long(), num_drafts, num_tokens, sources, waits.long()], 1)
         self._out[bucket].copy_(torch.cat([header, targets], 1))
 
     def _drafts(self, view: View, width: int, most: Tensor, allowances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,21 +250,19 @@ class Resident:
         good = (drafts >= 0) & (drafts < self._model.vocab_size) & (step < most[:, None])
         return drafts, good.long().cumprod(1).sum(1), sources
 
-    def _targets(self, batch: Batch, view: View, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The group's tokens at `positions` [S, K + 1], int64, and where nothing can be decided."""
-        count, width = positions.shape
-        scores, ids = self._model.best(
-            batch, self._cache, view.temperatures.repeat_interleave(width), view.seeds.repeat_interleave(width),
-            positions.flatten(),
-        )  # fmt: skip
+    def _targets(self, batch: Batch, view: View, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The group's tokens at `positions` [S, K + 1], int64, where nothing can be decided, and where it is known yet."""
+        scores, ids, known = view.best(self._model, self._cache, self._comm, batch, positions)
         broken = scores.isnan()
         if self._comm.size > 1:
             pairs = self._comm.all_gather(torch.stack([scores.view(torch.int32), ids.int()]))
             scores, every = pairs[:, 0].contiguous().view(torch.float32), pairs[:, 1].long()
             best = scores == scores.amax(0)
             ids = every.where(best, torch.iinfo(torch.int64).max).amin(0)
-            broken = scores.isnan().any(0)
-        return ids.view(count, width), broken.view(count, width)
+            broken, scores = scores.isnan().any(0), scores.amax(0)
+        ids = ids.where(~scores.isneginf(), NOTHING)
+        ids, broken = ids.view(positions.shape), broken.view(positions.shape)
+        return ids, broken, torch.ones_like(broken) if known is None else known.view(positions.shape)
 
 
 def filled(values: list[int], count: int) -> list[int]:

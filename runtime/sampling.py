@@ -14,9 +14,10 @@ from torch import Tensor
 from runtime.check import Check, Rows
 from runtime.comm import Communicator
 from runtime.edits import edit
-from runtime.filters import left
+from runtime.filters import Limits, cut_offs
 from runtime.kernels import select
 from runtime.logprobs import Logprobs
+from runtime.order import NONE
 from runtime.scoring import Ask, score
 from runtime.sequence import GREEDY_BELOW
 from runtime.verify import Floats, Ints
@@ -70,14 +71,14 @@ def best(logits: Tensor, rows: Rows, comm: Communicator, first: int) -> tuple[Te
     changed = logits[edited].float()
     edit(changed, [(rows.checks[rows.owners[i]], int(rows.positions[i])) for i in special], first)
     filtering = np.flatnonzero([samplings[rows.owners[i]].filters for i in special])
+    cuts: Tensor | None = None
     if len(filtering):
         some = torch.from_numpy(filtering).to(device)
-        part = changed[some]
-        scaled = part / temperatures[edited][some, None]
-        kept = left(scaled, [samplings[rows.owners[i]] for i in special[filtering]], comm, first)
-        changed[some] = part.where(kept | part.isnan(), -torch.inf)
-    for where, what in ((plain, logits[plain]), (edited, changed)):
-        scores[where], ids[where] = local_best(what, temperatures[where], seeds[where], positions[where], first)
+        limits = Limits.of([samplings[rows.owners[i]] for i in special[filtering]], device)
+        cuts = torch.full((len(special),), NONE, device=device)
+        cuts[some] = cut_offs(changed[some], temperatures[edited][some], limits, comm, first)
+    for where, what, cut in ((plain, logits[plain], None), (edited, changed, cuts)):
+        scores[where], ids[where] = local_best(what, temperatures[where], seeds[where], positions[where], first, cut)
     return scores, ids
 
 
@@ -101,13 +102,16 @@ def _asks(rows: Rows) -> list[Ask]:
     return asks
 
 
-def local_best(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def local_best(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int, cuts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The best (score, token id) of every row within this rank's slice of the vocabulary.
 
     logits: [R, V/ranks], any float dtype. temperatures: float32 [R], 0 for greedy. seeds, positions: int64 [R]; the
-    position is that of the token to be decided. first: id of the slice's first token.
+    position is that of the token to be decided. first: id of the slice's first token. cuts: int64 [R], the least keys that
+    are left to choose from, where some filter.
     Returns (scores float32 [R], ids int64 [R]); a tie goes to the smallest id. A row depends on no other row.
     """
     temperatures = torch.where(temperatures < GREEDY_BELOW, 0, temperatures)
-    best: tuple[Tensor, Tensor] = select(logits.device).best_tokens(logits, temperatures, seeds, positions, first)
+    best: tuple[Tensor, Tensor] = select(logits.device).best_tokens(logits, temperatures, seeds, positions, first, cuts)
     return best

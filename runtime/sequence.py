@@ -58,10 +58,15 @@ class Sampling:
 
     @property
     def edits(self) -> bool:
-        """Whether logits are changed or forbidden before the temperature."""
-        return bool(
-            self.min_tokens or self.logit_bias or self.bad_words or self.presence_penalty or self.frequency_penalty
-        ) or (self.allowed_token_ids is not None or self.grammar is not None or self.repetition_penalty != 1)
+        """Whether logits are changed or forbidden before the temperature, at some position at least."""
+        return self.min_tokens > 0 or self.always_edits
+
+    @property
+    def always_edits(self) -> bool:
+        """Whether they are however long the output is."""
+        return bool(self.logit_bias or self.bad_words or self.presence_penalty or self.frequency_penalty) or (
+            self.allowed_token_ids is not None or self.grammar is not None or self.repetition_penalty != 1
+        )
 
     @property
     def filters(self) -> bool:
@@ -119,6 +124,11 @@ class Sequence:
     def output(self) -> list[int]:
         """The committed tokens after the prompt."""
         return self.tokens[self.num_prompt :]
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed or forbidden from the next token on."""
+        return self.sampling.always_edits or self.num_committed - self.num_prompt < self.sampling.min_tokens
 
     def commit(self, tokens: Iterable[int]) -> list[int]:
         """Appends decided tokens up to the one that ends the sequence; returns those that were appended.

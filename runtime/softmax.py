@@ -7,11 +7,12 @@ differ in the last bit between a tensor's body and its tail, and their sums betw
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from runtime.kernels.reference import fold
+from runtime.kernels.folding import fold
 
 ELEMENTS = 1 << 18  # of the largest temporary
 PARTS = 64  # of an octave; a polynomial of degree 5 is exact within 1/64 of one, up to rounding
@@ -29,26 +30,36 @@ def exp(x: Tensor) -> Tensor:
         p.add_(c).mul_(r)
     p.add_(1.0)
     whole = n.long()
-    table = torch.tensor([2 ** (i / PARTS) for i in range(PARTS)], dtype=torch.float64, device=x.device)
-    p.mul_(table[whole & PARTS - 1])
+    p.mul_(_powers(x.device)[whole & PARTS - 1])
     p.mul_((whole.bitwise_right_shift_(6).add_(1023).bitwise_left_shift_(52)).view(torch.float64))
     return p.masked_fill_(x < -700.0, 0.0)
 
 
-def sums(x: Tensor, tops: Tensor, floors: Tensor | None = None) -> Tensor:
-    """Every row's sum of exp(x - top), over what is at least `floors` where that is given.
+@cache
+def _powers(device: torch.device) -> Tensor:
+    """2^(i / PARTS), i from 0; kept, as a copy to a device would end the capture of a graph."""
+    return torch.tensor([2 ** (i / PARTS) for i in range(PARTS)], dtype=torch.float64, device=device)
 
-    x: [R, W], float32 or narrower; tops, floors: float64 [R], no top below a row's largest. Returns float64 [R]. A row with
-    an infinite top gives NaN.
+
+def running(x: Tensor) -> Tensor:
+    """Every row's sums up to and with each place; [R, W] of floats. A place's bits depend on nothing that follows it."""
+    step = 1
+    while step < x.shape[1]:
+        x = torch.cat([x[:, :step], x[:, step:] + x[:, :-step]], dim=1)
+        step *= 2
+    return x
+
+
+def sums(x: Tensor, tops: Tensor) -> Tensor:
+    """Every row's sum of exp(x - top).
+
+    x: [R, W], float32 or narrower; tops: float64 [R], none below a row's largest. Returns float64 [R]. A row with an infinite
+    top gives NaN.
     """
     step = max(1, ELEMENTS // max(1, x.shape[1]))
     parts = [torch.zeros(0, dtype=torch.float64, device=x.device)]
     for i in range(0, len(x), step):
-        wide = x[i : i + step].double()
-        masses = exp(wide - tops[i : i + step, None])
-        if floors is not None:
-            masses = masses.where(wide >= floors[i : i + step, None], 0.0)
-        parts.append(fold(masses))
+        parts.append(fold(exp(x[i : i + step].double() - tops[i : i + step, None])))
     return torch.cat(parts).where(tops.isfinite(), torch.nan)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from runtime import filters
-from runtime.filters import left
-from runtime.order import NONE, best_keys, ids_of, keys_of, lowest_key, values_of
+from runtime.comm import Communicator
+from runtime.filters import Limits, cut_offs
+from runtime.kernels.reference_sampling import cut
+from runtime.order import NONE, best_keys, ids_of, keys_of, lowest_keys, values_in, values_of
 from runtime.sequence import Sampling
 from runtime.shard import vocabulary_spans
 from tests.brute_force import kept, random_filters
@@ -18,10 +21,18 @@ from tests.tiny_models import on_ranks
 
 
 def left_on(size: int, scaled: Tensor, samplings: list[Sampling]) -> Tensor:
+    """Which tokens are left, bool [R, V]: each rank cuts its slice, and they all cut alike."""
     spans = vocabulary_spans(scaled.shape[1], size)
-    return torch.cat(
-        on_ranks(size, lambda comm: left(scaled[:, slice(*spans[comm.rank])], samplings, comm, spans[comm.rank].start)), dim=1
-    )
+    ones = torch.ones(len(scaled))
+
+    def left(comm: Communicator) -> tuple[Tensor, Tensor]:
+        own, first = scaled[:, slice(*spans[comm.rank])], spans[comm.rank].start
+        cuts = cut_offs(own, ones, Limits.of(samplings, scaled.device), comm, first)
+        return cuts, cut(own, ones, cuts, first) > -torch.inf
+
+    found = on_ranks(size, left)
+    assert all(torch.equal(cuts, found[0][0]) for cuts, _ in found)
+    return torch.cat([kept for _, kept in found], dim=1)
 
 
 def some_rows(rng: random.Random, count: int, vocab: int) -> tuple[Tensor, list[Sampling]]:
@@ -57,16 +68,21 @@ def test_filters_leave_what_they_should_on_any_number_of_ranks(vocab: int, count
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_nucleus_wider_than_the_lists_is_never_cut(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 tokens nearly alike: 0.95 of the mass is some 9,500 of them, of which lists hold 64 and then 1024 a rank."""
-    widths = []
-    exchange = filters._exchange
-    monkeypatch.setattr(filters, "_exchange", lambda keys, width, comm: widths.append(width) or exchange(keys, width, comm))
+    widths: list[tuple[int, int]] = []
+    look = filters.look
+
+    def watched(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        widths.append((rest[-1], len(logits)))
+        return look(logits, *rest)
+
+    monkeypatch.setattr(filters, "look", watched)
     scaled = torch.linspace(0.01, 0.0, 10_000)[torch.randperm(10_000)][None].repeat(2, 1)
     scaled[1] *= 200_000  # the second row's nucleus is short, and is not exchanged again
     found = left_on(size, scaled, [Sampling(1.0, top_p=0.95)] * 2)
     for row in range(2):
         expected, margin = kept_fast(scaled[row], 0.95)
         assert margin < 1e-3 and abs(int(found[row].sum()) - expected) <= 1
-    assert max(widths) == 64 * 16**2
+    assert set(widths) == {(64, 2), (64 * 16, 1), (64 * 16**2, 1)}
     assert found[0].sum() > 9000 and found[1].sum() < 64
 
 
@@ -105,6 +121,8 @@ def test_keys_sort_as_pairs(seed: int) -> None:
     assert torch.argsort(keys, descending=True).tolist() == expected
     assert ids_of(keys.numpy()).tolist() == ids.tolist() and values_of(keys.numpy()).tolist() == values.tolist()
     assert int(keys.min()) > NONE
+    assert torch.equal(values_in(keys), torch.from_numpy(values_of(keys.numpy()))) and values_in(torch.tensor([NONE])).isnan()
     assert best_keys(keys[None], 600)[0].tolist() == [*keys.sort(descending=True).values.tolist(), *[NONE] * 100]
     for bound in (0.1, 0.5, -3.0, float("-inf")):
-        assert [int(key) >= lowest_key(bound) for key in keys] == [float(value) >= bound for value in values]
+        least = lowest_keys(torch.tensor(bound, dtype=torch.float64))
+        assert [int(key) >= int(least) for key in keys] == [float(value) >= bound for value in values]

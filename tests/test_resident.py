@@ -23,12 +23,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain(seed: int) -> list[Request]:
-    """Requests of all lengths that ask for nothing but temperature, seed and ends; one of them asks for more."""
-    keep = {"temperature", "seed", "max_tokens", "ignore_eos", "stop_token_ids", "stop"}
+    """Requests of all lengths that ask for nothing but temperature, filters, seed and ends; one of them asks for more."""
+    keep = {"temperature", "seed", "max_tokens", "ignore_eos", "stop_token_ids", "stop", "top_p", "top_k", "min_p"}
     made = []
     for request in requests(seed):
         asked = {name: getattr(request.params, name) for name in keep}
         made.append(replace(request, params=type(request.params)(**asked)))
+    made[2] = replace(made[2], params=replace(made[2].params, temperature=0.9, top_k=5, top_p=0.95, min_p=0.0))
     made[3] = replace(made[3], params=replace(made[3].params, top_p=0.9, logprobs=1, max_tokens=5))
     return made
 
@@ -75,6 +76,22 @@ def test_same_tokens(name: str, size: int, seed: int, watched: list[Decision]) -
     assert {i: outcome(c) for i, c in job.completions.items()} == {i: outcome(c) for i, c in expected.completions.items()}
     if name == "small cache":
         assert job.admissions > len(job.completions)
+
+
+@pytest.mark.parametrize(("name", "size"), [("none", 1), ("ngram", 2), ("model", 1)])
+def test_what_candidates_leave_open_waits_for_the_host(
+    name: str, size: int, seed: int, watched: list[Decision], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of two never hold the five likeliest tokens, on one rank or on two."""
+    monkeypatch.setattr("runtime.drafting.resident.WIDTH", 2)
+    monkeypatch.setattr("runtime.resident.AWAY", 3)
+    one, other = plain(seed)[2:6:3]
+    requests = [replace(one, params=replace(one.params, max_tokens=30, ignore_eos=True, stop=(), stop_token_ids=())), other]
+    job = run(demo_config(*SETTINGS[name]), requests, size)
+    assert any((decision.num_tokens == 0).any() for decision in watched)
+    with mock.patch("workers.build.lives_on", return_value=False):
+        expected = run(demo_config("speculation.method=none"), requests, size)
+    assert {i: outcome(c) for i, c in job.completions.items()} == {i: outcome(c) for i, c in expected.completions.items()}
 
 
 def test_lookup_finds_what_the_host_finds(seed: int) -> None:

@@ -64,7 +64,14 @@ def main() -> None:
     dtypes = dict.fromkeys(("logits", "temperatures", "scores"), "*fp32")
     dtypes |= {"seeds": "*i64", "positions": "*i64", "ids": "*i32"}
     for ones in ("", "first stride"):
-        compiled(sampling._tiles, dtypes, "stride first", ones, {"VOCAB": 1000, "TILE": 1024})
+        compiled(sampling._tiles, dtypes, "stride first", ones, {"cuts": None, "VOCAB": 1000, "TILE": 1024})
+    compiled(sampling._tiles, {**dtypes, "cuts": "*i64"}, "stride first", "", {"VOCAB": 1000, "TILE": 1024})
+    dtypes = {"logits": "*fp16", "temperatures": "*fp32"}
+    for kept in (7, 64):
+        constants = {"VOCAB": 1000, "TILE": 1024, "KEPT": kept}
+        compiled(sampling._lists, {**dtypes, "keys": "*i64"}, "stride first", "stride", constants)
+    constants = {"VOCAB": 1000, "TILE": 1024}
+    compiled(sampling._sums, {**dtypes, "tops": "*fp32", "sums": "*fp64"}, "stride", "stride", constants)
     dtypes = {"scores": "*fp32", "ids": "*i32", "best_scores": "*fp32", "best_ids": "*i64"}
     compiled(sampling._merge, dtypes, "first tiles", "first tiles", {"WIDTH": 256})
     for x, form, held in (("fp16", "same", "*fp16"), ("fp32", "int8", "*i8"), ("bf16", "fp8", "*i8")):

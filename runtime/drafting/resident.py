@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.batch import Batch
-from runtime.comm import Communicator
+from runtime.comm import Communicator, Solo
 from runtime.drafting.drafter import Draft, Drafter
 from runtime.drafting.model import ModelDrafter
+from runtime.filters import WIDTH, Limits, look
+from runtime.kv_cache import KVCache
+from runtime.model import Model
+from runtime.sampling import local_best
 from runtime.scheduler import Work
 from runtime.sequence import Sequence
 
@@ -28,6 +32,7 @@ class View:
 
     history: int32 [S, N], committed tokens, anything behind them. length: int64 [S], how many; 0 where there is no sequence.
     room: int64 [S], positions its blocks hold. tables: int32 [S, MB]. temperatures: float32 [S]. seeds: int64 [S].
+    limits: of S rows, where any of these sequences filters.
     """
 
     history: Tensor
@@ -36,6 +41,30 @@ class View:
     tables: Tensor
     temperatures: Tensor
     seeds: Tensor
+    limits: Limits | None = None
+
+    def share(self, rank: int, size: int) -> View:
+        """The rows for which a rank drafts: every `size`-th."""
+        limits = None if self.limits is None else self.limits[rank::size]
+        return View(
+            self.history[rank::size], self.length[rank::size], self.room[rank::size], self.tables[rank::size],
+            self.temperatures[rank::size], self.seeds[rank::size], limits,
+        )  # fmt: skip
+
+    def best(
+        self, model: Model, cache: KVCache, comm: Communicator, batch: Batch, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A rank's best tokens for `positions` [S, J] of a batch: scores float32, ids int64 [S * J], and bool [S * J], whether
+        the candidates of one exchange reach as far as filters do; None where none filter."""
+        width = positions.shape[1]
+        temperatures, seeds = (x.repeat_interleave(width) for x in (self.temperatures, self.seeds))
+        if self.limits is None:
+            return *model.best(batch, cache, temperatures, seeds, positions.flatten()), None
+        logits = model.forward(batch, cache)
+        masses = model.kernels.masses(logits, temperatures)
+        cuts, known = look(logits, temperatures, masses, self.limits.repeat(width), comm, model.vocab_first, WIDTH)
+        scores, ids = local_best(logits, temperatures, seeds, positions.flatten(), model.vocab_first, cuts)
+        return scores, ids, known
 
     def batch(self, tokens: Tensor, first: Tensor, valid: Tensor, block_size: int, last_only: bool = False) -> Batch:
         """Rows of tokens from position `first` [S] on: tokens int64 [S, J], valid bool [S, J]. Others are padding.
@@ -134,7 +163,7 @@ class Replica:
 
     def propose(self, view: View, count: int) -> tuple[Tensor, Tensor]:
         rank, size = self._comm.rank, self._comm.size
-        mine = View(*(getattr(view, name)[rank::size] for name in View.__slots__))
+        mine = view.share(rank, size)
         length = mine.length
         # The last but one as well: where all drafts stood, nobody has computed it yet. Twice gives the same bits.
         back = torch.arange(-2, 0, device=length.device)
@@ -143,8 +172,8 @@ class Replica:
         drafts: list[Tensor] = []
         for step in range(count):
             batch = mine.batch(tokens, first, valid, self._cache.block_size, last_only=True)
-            chosen = self._model.best(batch, self._cache, mine.temperatures, mine.seeds, length + step)
-            tokens = chosen[1][:, None]
+            # Where filters reach beyond the candidates these still hold the likeliest tokens.
+            tokens = mine.best(self._model, self._cache, Solo(), batch, (length + step)[:, None])[1][:, None]
             drafts.append(tokens)
             first, valid = length + step, (length > 0)[:, None]
         own = torch.cat(drafts, dim=1)

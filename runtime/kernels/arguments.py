@@ -88,7 +88,9 @@ def check_dense(x: Tensor, weight: Tensor, alignment: int) -> None:
     _need(weight.is_contiguous() and weight.data_ptr() % alignment == 0, "a weight is contiguous and aligned")
 
 
-def check_best(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> None:
+def check_best(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, cuts: Tensor | None = None
+) -> None:  # fmt: skip
     """Raises ValueError unless the arguments of `best_tokens` fit each other."""
     _need(logits.dim() == 2 and logits.shape[1] > 0, "logits are [R, V] with V of 1 or more")
     _need(logits.dtype in FLOATS, "logits are bfloat16, float16 or float32, not {}", logits.dtype)
@@ -96,6 +98,16 @@ def check_best(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: T
     _need(temperatures.shape == shape and temperatures.dtype == torch.float32, "temperatures must be float32 {}", shape)
     _need(seeds.shape == shape and seeds.dtype == torch.int64, "seeds must be int64 {}", shape)
     _need(positions.shape == shape and positions.dtype == torch.int64, "positions must be int64 {}", shape)
+    _need(cuts is None or (cuts.shape == shape and cuts.dtype == torch.int64), "cuts must be int64 {}", shape)
+
+
+def check_candidates(logits: Tensor, temperatures: Tensor, count: int = 1) -> None:
+    """Raises ValueError unless the arguments of `candidates` or `masses` fit each other."""
+    _need(logits.dim() == 2 and logits.shape[1] > 0, "logits are [R, V] with V of 1 or more")
+    _need(logits.dtype in FLOATS, "logits are bfloat16, float16 or float32, not {}", logits.dtype)
+    shape = (len(logits),)
+    _need(temperatures.shape == shape and temperatures.dtype == torch.float32, "temperatures must be float32 {}", shape)
+    _need(count > 0, "there is at least one candidate, not {}", count)
 
 
 def check_head(

@@ -23,6 +23,7 @@ from runtime.kernels.arguments import (
 from runtime.kernels.build import load_extension
 from runtime.kernels.halves import Halves  # noqa: F401  a layer of int4 products in two calls
 from runtime.kernels.packed import PackedInt4, PackedInt8, narrow_scale
+from runtime.kernels.reference_sampling import candidates, cut, masses  # noqa: F401  lists of tokens are torch's
 from runtime.noise import SPREAD
 from runtime.quantize.int4 import MIDDLE, NOT_FINITE, Int4Weight
 from runtime.quantize.int8 import Int8Weight
@@ -111,9 +112,11 @@ def int8_linear(x: Tensor, packed: PackedInt8) -> Tensor:
 
 
 def best_tokens(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int, cuts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    check_best(logits, temperatures, seeds, positions)
+    check_best(logits, temperatures, seeds, positions, cuts)
+    if cuts is not None:
+        logits = cut(logits, temperatures, cuts, first)
     scores, ids = _ops.best_tokens(
         logits.contiguous(), temperatures.contiguous(), seeds.contiguous(), positions.contiguous(), first, SPREAD
     )

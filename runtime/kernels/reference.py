@@ -12,7 +12,6 @@ from torch import Tensor
 
 from runtime.kernels.arguments import (
     check_attention,
-    check_best,
     check_borders,
     check_dense,
     check_head,
@@ -22,14 +21,14 @@ from runtime.kernels.arguments import (
 from runtime.kernels.folding import exp, fold, tanh, tree
 from runtime.kernels.packed import PackedInt4, PackedInt8
 from runtime.kernels.reference_layer import gated, rms_norm, rotary_write, write_cache
+from runtime.kernels.reference_sampling import best_tokens, candidates, masses
 from runtime.kernels.rows import MOST, decode, scaled
-from runtime.noise import SPREAD, gumbel
 from runtime.quantize.int4 import Int4Weight, quantize
 from runtime.quantize.int8 import Int8Weight
 
 __all__ = [
-    "best_tokens", "dense_linear", "gated", "head_best", "int4_linear", "int8_linear", "pack_int4", "pack_int8",
-    "paged_attention", "quantize_int4", "rms_norm", "rotary_write", "write_cache",
+    "best_tokens", "candidates", "dense_linear", "gated", "head_best", "int4_linear", "int8_linear", "masses",
+    "pack_int4", "pack_int8", "paged_attention", "quantize_int4", "rms_norm", "rotary_write", "write_cache",
 ]  # fmt: skip
 
 # Rows that a dense product computes at a time, always exactly so many. Libraries choose their kernel, and with it the
@@ -232,33 +231,6 @@ def _rows(cache: Tensor, blocks: Tensor, places: Tensor) -> Tensor:
     if cache.dtype in MOST:
         return decode(cache.view(torch.int8)[blocks, :, places].view(cache.dtype))
     return cache[blocks, :, places].float()
-
-
-def best_tokens(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int
-) -> tuple[Tensor, Tensor]:
-    """The best (score, token id) of every row within a slice of the vocabulary whose first token has the id `first`.
-
-    logits [R, V], any float dtype; temperatures [R] float32, 0 for greedy; seeds [R] int64; positions [R] int64, of the
-    tokens to be decided. A score is logits / temperature + gumbel(seed, position, id), or the logit itself where the
-    temperature is 0. Returns scores [R] float32 and ids [R] int64; a tie goes to the smallest id. A row with a NaN has
-    the score NaN. Implementations may differ in the last bit of the noise.
-    """
-    check_best(logits, temperatures, seeds, positions)
-    logits = logits.float()
-    ids = logits.argmax(dim=1)
-    scores = logits.gather(1, ids[:, None])[:, 0]
-    sampled = torch.nonzero((temperatures > 0) & ~scores.isnan()).flatten()
-    if len(sampled):
-        scaled = logits[sampled] / temperatures[sampled, None]
-        # Noise lies within fixed bounds: a token further than their difference under the best needs none.
-        rows, tokens = torch.nonzero(scaled >= scaled.amax(dim=1, keepdim=True) - SPREAD, as_tuple=True)
-        noisy = scaled[rows, tokens] + gumbel(seeds[sampled][rows], positions[sampled][rows], tokens + first)
-        best = noisy.new_full((len(sampled),), -torch.inf).scatter_reduce(0, rows, noisy, "amax")
-        winners = torch.where(noisy == best[rows], tokens, logits.shape[1])
-        scores[sampled] = best
-        ids[sampled] = torch.full_like(sampled, logits.shape[1]).scatter_reduce(0, rows, winners, "amin")
-    return scores, ids + first
 
 
 def head_best(

@@ -11,12 +11,12 @@ from runtime.kernels.gpu.dense import dense_linear, head_best, int8_linear
 from runtime.kernels.gpu.gates import gated
 from runtime.kernels.gpu.layer import rms_norm, rotary_write
 from runtime.kernels.gpu.linear import int4_linear, pack_int4
-from runtime.kernels.gpu.sampling import best_tokens
+from runtime.kernels.gpu.sampling import best_tokens, candidates, masses
 from runtime.kernels.reference import pack_int8, quantize_int4
 
 SEGMENTS = False  # products have pieces of their own
 
 __all__ = [
-    "best_tokens", "dense_linear", "gated", "head_best", "int4_linear", "int8_linear", "pack_int4", "pack_int8",
-    "paged_attention", "quantize_int4", "rms_norm", "rotary_write", "write_cache",
+    "best_tokens", "candidates", "dense_linear", "gated", "head_best", "int4_linear", "int8_linear", "masses",
+    "pack_int4", "pack_int8", "paged_attention", "quantize_int4", "rms_norm", "rotary_write", "write_cache",
 ]  # fmt: skip
