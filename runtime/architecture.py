@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from runtime import falcon
 from runtime.checkpoint import ModelError
 from runtime.experts import names_in_files
 
@@ -39,6 +40,7 @@ PLANS: dict[str, dict[str, str]] = {
     "axk1": LATENT,
     "deepseek_v3": LATENT,
     "exaone_moe": _plan("mlp.shared_experts", "gate up", "down"),
+    "falcon": falcon.PLAN,
     "flint": ATTENTION | {"layers.*.self_attn.sinks": "colwise"},
     "glm4_moe_lite": _plan("mlp.shared_experts", "gate up", "down"),
     "granitemoe": ATTENTION,
@@ -50,6 +52,10 @@ PLANS: dict[str, dict[str, str]] = {
     "sarvam_mla": LATENT,
     "solar_open": _plan("mlp.shared_experts", "gate up", "down"),
 }
+
+
+# Whose modules don't do as they are.
+REWORKED: dict[str, Callable[[PreTrainedModel], None]] = {"falcon": falcon.rework}
 
 
 def understand(raw: dict[str, Any], directory: str) -> PretrainedConfig:

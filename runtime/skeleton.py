@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from runtime.architecture import check_parts, understand
+from runtime.architecture import REWORKED, check_parts, understand
 from runtime.checkpoint import ModelError, read_json
 from runtime.experts import names_in_files, unpack_experts
 from runtime.rope import longest, settle
@@ -66,6 +66,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, length: int | N
     check_parts(model)
     with _BUILDING:
         unpack_experts(model)
+        REWORKED.get(config.model_type, lambda _: None)(model)
     settle(model, length or longest(config))
     for name, buffer in model.named_buffers():
         if buffer.is_meta:

@@ -62,6 +62,7 @@ def tiny(kind: str, **changes: Any) -> PretrainedConfig:
     raw = CONFIG_MAPPING[kind]
     own, special = raw(), OTHERS.get(kind, {})
     sizes = {x: SIZES[x] for x in SIZES if hasattr(own, x) and not (x in SWITCHES and getattr(own, x) is None)}
+    sizes = {x: sizes[x] for x in sizes if getattr(getattr(raw, x, None), "fset", True)}  # but what follows from others
     return raw(**(sizes | {x: changes[x] for x in changes if x in sizes or x not in SIZES} | special))
 
 

@@ -205,12 +205,15 @@ class _Step(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_held"][0], name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """hidden: [2 S, T, W], of S windows in full precision, then of the same in four bits."""
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        """hidden: [2 S, T, W], of S windows in full precision, then of the same in four bits. Where a layer gives more than
+        hidden states, so does this."""
         layer, count = self._held[0], len(hidden)
+        more: set[bool] = set()
 
         def run(row: int, layer: nn.Module) -> Tensor:
             out = layer(hidden[row : row + 1], *_of_row(args, row, count), **_of_row(kwargs, row, count))
+            more.add(isinstance(out, tuple))
             return out[0] if isinstance(out, tuple) else out
 
         runs: list[Run] = [partial(run, row) for row in range(count)]
@@ -223,7 +226,7 @@ class _Step(nn.Module):
             raise _Done
         out += [run(layer) for run in rounded]
         layer.to("meta")
-        return torch.cat(out)
+        return (torch.cat(out), None) if True in more else torch.cat(out)
 
 
 def _of_row(value: Any, row: int, count: int) -> Any:
