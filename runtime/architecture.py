@@ -14,11 +14,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from runtime import falcon
+from runtime import falcon, llama4
 from runtime.checkpoint import ModelError
 from runtime.experts import names_in_files
 
-LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 # Shipped with code of their own that computes what an architecture of transformers does: what their config is there.
 ALIASES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -55,7 +55,7 @@ PLANS: dict[str, dict[str, str]] = {
 
 
 # Whose modules don't do as they are.
-REWORKED: dict[str, Callable[[PreTrainedModel], None]] = {"falcon": falcon.rework}
+REWORKED: dict[str, Callable[[PreTrainedModel], None]] = {"falcon": falcon.rework, "llama4_text": llama4.rework}
 
 
 def understand(raw: dict[str, Any], directory: str) -> PretrainedConfig:

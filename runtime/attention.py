@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from runtime.batch import Batch
 from runtime.checkpoint import ModelError
 from runtime.kv_cache import KVCache
+from runtime.llama4 import take_over_tuning
 from runtime.shard import HeadShare
 from runtime.skeleton import ATTENTION
 
@@ -46,6 +47,9 @@ def attends(module: nn.Module) -> bool:
     return hasattr(module, "layer_idx") and hasattr(module, "is_causal")
 
 
+Reading = tuple[Tensor, Tensor, Tensor]  # tables, and each token's row of them and its position
+
+
 class Pass:
     """The forward pass under way. Every attention module of a model has it as `under_way`: transformers' layers call
     them, and not all layers hand on arguments that aren't their own."""
@@ -54,11 +58,18 @@ class Pass:
     cache: KVCache
     kernels: ModuleType
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._written: set[int] = set()
+        self._chunks: dict[int, Reading] = {}
+        config = model.config.get_text_config()
+        types = getattr(config, "layer_types", None)
         for module in model.modules():
             if attends(module):
                 module.under_way = self  # type: ignore[assignment]
+                if types and types[module.layer_idx] == "chunked_attention":
+                    module.chunk = config.attention_chunk_size
+                if getattr(module, "attn_temperature_tuning", False):
+                    take_over_tuning(module, config.max_position_embeddings, next(model.parameters()).device)
 
     def run(self, model: PreTrainedModel, batch: Batch, cache: KVCache, kernels: ModuleType) -> Tensor:
         """transformers' own forward of the whole model: logits [L, this rank's vocabulary]."""
@@ -72,6 +83,25 @@ class Pass:
     def begin(self, batch: Batch, cache: KVCache, kernels: ModuleType) -> None:
         self.batch, self.cache, self.kernels = batch, cache, kernels
         self._written.clear()
+        self._chunks.clear()
+
+    def reading(self, chunk: int) -> Reading:
+        """What kernels read of the batch where nobody looks back beyond its own chunk of so many positions, 0 for no such
+        bound. Each chunk is a sequence of its own to them. Raises ModelError where chunks cut blocks."""
+        batch, size = self.batch, self.cache.block_size
+        if not chunk:
+            return batch.tables, batch.rows, batch.reach
+        if chunk not in self._chunks:
+            if chunk % size:
+                raise ModelError(f"attention in chunks of {chunk} positions: engine.block_size must divide it, and is {size}")
+            each = chunk // size
+            tables = functional.pad(batch.tables, (0, -batch.tables.shape[1] % each), value=-1)
+            first = batch.rows * (tables.shape[1] // each)
+            inside = batch.reach.clamp(min=0)  # rows of padding have a negative one
+            self._chunks[chunk] = (
+                tables.reshape(-1, each), first + inside // chunk, torch.where(batch.reach < 0, batch.reach, inside % chunk)
+            )
+        return self._chunks[chunk]
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Takes keys and values [T, KV, D] into a layer's cache. Raises ModelError for a second time in one pass."""
@@ -103,9 +133,12 @@ def attend(
     if spread is not None:
         queries = queries[:, spread.heads]
         s_aux = None if s_aux is None else s_aux[spread.heads]
+    if hasattr(module, "tuning"):
+        queries = module.tuning(queries, batch.positions)  # type: ignore[operator]
     keys, values = current.write(module.layer_idx, key, value)  # type: ignore[arg-type]
+    tables, rows, reach = current.reading(getattr(module, "chunk", 0))
     out = current.kernels.paged_attention(
-        queries, keys, values, batch.tables, batch.rows, batch.reach, scale, sliding_window or 0, softcap or 0.0, s_aux
+        queries, keys, values, tables, rows, reach, scale, sliding_window or 0, softcap or 0.0, s_aux
     )
     if spread is not None:
         out = out[:, spread.places]

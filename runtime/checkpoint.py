@@ -37,7 +37,8 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         self._where: dict[str, Path] = {}
         self._stored: dict[str, str] = {}  # names in the files, where they differ
-        self._slices: dict[str, tuple[int, int]] = {}  # of tensors that lie in another: which slice, and the first row of it
+        # Of tensors that lie in another: which slice, the first row of it, and whether its rows are the file's columns.
+        self._slices: dict[str, tuple[int, int, bool]] = {}
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
         self._digest = hashlib.sha256()
@@ -70,19 +71,20 @@ class Checkpoint:
         """What a tensor is called in the files; one that lies in another has its own name only here."""
         return name if name in self._slices else self._stored.get(name, name)
 
-    def take_apart(self, name: str, parts: Sequence[Sequence[str]]) -> None:
+    def take_apart(self, name: str, parts: Sequence[Sequence[str]], turned: bool = False) -> None:
         """Sees a tensor [E, N, K], if it is here, as tensors [n, K] with names of their own: parts[e] are what lies, one
-        under the other, in slice e."""
+        under the other, in slice e. turned: it is stored as [E, K, N]."""
         shape = self.shapes.get(name, ())
-        if len(shape) != 3 or shape[0] != len(parts) or shape[1] % len(parts[0]):
+        if len(shape) != 3 or shape[0] != len(parts) or shape[2 if turned else 1] % len(parts[0]):
             return
-        rows = shape[1] // len(parts[0])
+        width, height = shape[1:] if turned else shape[:0:-1]
+        rows = height // len(parts[0])
         dtype, path, stored = self.dtypes.pop(name), self._where.pop(name), self._stored.pop(name, name)
         del self.shapes[name]
         for index, names in enumerate(parts):
             for place, part in enumerate(names):
-                self.shapes[part], self.dtypes[part], self._where[part] = (rows, shape[2]), dtype, path
-                self._stored[part], self._slices[part] = stored, (index, place * rows)
+                self.shapes[part], self.dtypes[part], self._where[part] = (rows, width), dtype, path
+                self._stored[part], self._slices[part] = stored, (index, place * rows, turned)
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = (), integers: Mapping[str, str] | None = None
@@ -120,11 +122,12 @@ class Checkpoint:
             if path not in self._open:
                 self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
             if name in self._slices:
-                index, start = self._slices[name]
+                index, start, turned = self._slices[name]
                 rows = rows or Span(0, self.shapes[name][0])
-                columns = columns or Span(0, self.shapes[name][1])
-                there = slice(start + rows.start, start + rows.stop)
-                inside: Tensor = self._open[path].get_slice(stored)[index, there, slice(*columns)]
+                across = slice(*(columns or Span(0, self.shapes[name][1])))
+                down = slice(start + rows.start, start + rows.stop)
+                packed = self._open[path].get_slice(stored)
+                inside: Tensor = packed[index, across, down].t() if turned else packed[index, down, across]
                 return inside
             if rows is None and columns is None:
                 whole: Tensor = self._open[path].get_tensor(stored)

@@ -49,11 +49,15 @@ class Experts(nn.Module):
 
     A row's experts are added in float32 in the order of their numbers, those of a block by themselves, and then the blocks
     as a binary tree (`folding.tree`): so a row's bits depend neither on other rows nor, if each rank's blocks are a whole
-    branch, on the number of ranks.
+    branch, on the number of ranks. early: weights are those of what experts get, not of what they give. turned: files that
+    pack experts have their weights as [inputs, outputs].
     """
 
-    def __init__(self, count: int, width: int, inner: int, activation: nn.Module) -> None:
+    def __init__(
+        self, count: int, width: int, inner: int, activation: nn.Module, early: bool = False, turned: bool = False
+    ) -> None:
         super().__init__()
+        self.early, self.turned = early, turned
         for index in range(count):
             self.add_module(str(index), Expert(width, inner, activation))
         self.count = count
@@ -78,8 +82,10 @@ class Experts(nn.Module):
         for total, block in zip(sums, self._blocks, strict=True):
             for index in range(*block):
                 if count := counts[index]:
-                    mine = rows[first : first + count]
-                    total[mine] += self.get_submodule(str(index))(x[mine]).float() * shares[first : first + count]
+                    mine, share = rows[first : first + count], shares[first : first + count]
+                    given = (x[mine] * share).to(x.dtype) if self.early else x[mine]
+                    out = self.get_submodule(str(index))(given).float()
+                    total[mine] += out if self.early else out * share
                     first += count
         return self._comm.all_reduce(tree(sums.unbind()), x.dtype)
 
@@ -105,7 +111,9 @@ def unpack_experts(model: PreTrainedModel) -> None:
     """Puts `Experts` in the place of packed ones, in a skeleton. Raises ModelError for experts that compute another thing."""
     known: set[type[nn.Module]] = set()
     for path, module in list(model.named_modules()):
-        shapes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
+        turned = getattr(module, "is_transposed", False)
+        parameters = dict(module.named_parameters(recurse=False))
+        shapes = {name: (x.mT if turned and x.dim() > 1 else x).shape for name, x in parameters.items()}
         if not any(len(shape) == 3 for shape in shapes.values()):
             continue
         count, width, inner = shapes.get("down_proj", (0, 0, 0))
@@ -115,7 +123,7 @@ def unpack_experts(model: PreTrainedModel) -> None:
             raise ModelError(f"{model.config.model_type} has experts that compute something else than gate, up and down")
         known.add(type(module))
         with torch.device("meta"):
-            ours = Experts(count, width, inner, module.get_submodule("act_fn"))
+            ours = Experts(count, width, inner, module.get_submodule("act_fn"), turned=turned)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ours)
 
@@ -131,7 +139,8 @@ def _computes_ours(module: nn.Module) -> bool:
     chosen = torch.rand(rows, count, generator=generator).argsort(dim=1)[:, :2]
     weights = torch.rand(rows, 2, generator=generator)
     try:
-        probe._parameters = {name: nn.Parameter(value) for name, value in packed.items()}
+        turned = getattr(module, "is_transposed", False)
+        probe._parameters = {name: nn.Parameter(x.mT.contiguous() if turned else x) for name, x in packed.items()}
         probe.num_experts = count  # type: ignore[assignment]
         ours = Experts(count, width, inner, module.get_submodule("act_fn"))
         for index in range(count):
@@ -157,7 +166,7 @@ def unpack_files(model: nn.Module, checkpoint: Checkpoint) -> None:
     for path, experts in experts_of(model):
         for name, parts in PACKED.items():
             inside = [[f"{path}.{index}.{part}.weight" for part in parts] for index in range(experts.count)]
-            checkpoint.take_apart(f"{path}.{name}", inside)
+            checkpoint.take_apart(f"{path}.{name}", inside, experts.turned)
 
 
 def names_in_files(converter: WeightConverter) -> dict[str, str]:
@@ -178,6 +187,12 @@ def routers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             matrices = [x.shape[0] for x in module.parameters() if x.dim() == 2 and len(x) > 1]
             if module is not experts and type(module) is not nn.Linear and matrices == [experts.count]:
                 yield f"{block}.{name}".removeprefix("."), module
+
+
+def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linears by path, but for those by which routers choose: these stay as they are, whatever becomes of the others."""
+    routers = tuple(f"{path}." for path, _ in routers_of(model))
+    return {path: m for path, m in model.named_modules() if type(m) is nn.Linear and not path.startswith(routers)}
 
 
 def steady_routers(model: nn.Module) -> None:

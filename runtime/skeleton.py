@@ -65,8 +65,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, length: int | N
         raise ModelError(f"transformers cannot build a {config.model_type} for text generation: {error}") from error
     check_parts(model)
     with _BUILDING:
-        unpack_experts(model)
         REWORKED.get(config.model_type, lambda _: None)(model)
+        unpack_experts(model)
     settle(model, length or longest(config))
     for name, buffer in model.named_buffers():
         if buffer.is_meta:

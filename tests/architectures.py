@@ -49,6 +49,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "dots1": {"n_shared_experts": 1},
     "flint": {"mlp_only_layers": [0]},
+    "llama4_text": {
+        "attention_chunk_size": 8, "floor_scale": 5, "attn_scale": 0.5, "no_rope_layers": [1, 0], "moe_layers": [0],
+        "intermediate_size_mlp": 160,
+    },
     "starcoder2": {"use_bias": True},
 } | dict.fromkeys(
     ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "sarvam_mla", "youtu"), LATENT
@@ -102,9 +106,10 @@ def weight_of(model: PreTrainedModel, path: str) -> Tensor:
     if not found:
         return model.get_submodule(path).weight.data
     experts, (index, name) = model.get_submodule(f"{block}.experts"), rest.split(".")
-    if name == "down_proj":
-        return experts.down_proj.data[int(index)]
-    return experts.gate_up_proj.data[int(index)].chunk(2)[name == "up_proj"]
+    packed = (experts.down_proj if name == "down_proj" else experts.gate_up_proj).data[int(index)]
+    if getattr(experts, "is_transposed", "Llama4" in type(experts).__name__):
+        packed = packed.t()
+    return packed if name == "down_proj" else packed.chunk(2)[name == "up_proj"]
 
 
 def refusal(kind: str) -> str:

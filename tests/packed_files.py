@@ -138,7 +138,9 @@ def linears(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor | None
         if type(module) is nn.Linear:
             yield path, module.weight.data, None if module.bias is None else module.bias.data
         elif path.endswith(".experts"):
-            for index, (gate_up, down) in enumerate(zip(module.gate_up_proj.data, module.down_proj.data, strict=True)):
+            turned = "Llama4" in type(module).__name__
+            packed = [x.data.mT if turned else x.data for x in (module.gate_up_proj, module.down_proj)]
+            for index, (gate_up, down) in enumerate(zip(*packed, strict=True)):
                 for name, weight in zip(("gate_proj", "up_proj", "down_proj"), (*gate_up.chunk(2), down), strict=True):
                     yield f"{path}.{index}.{name}", weight, None
 

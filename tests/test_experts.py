@@ -16,7 +16,8 @@ from tiny_models import VOCABULARY, config_of, logits_on, make, on_ranks, prompt
 from torch import nn
 from transformers import PreTrainedModel
 
-from runtime.comm import Communicator
+from runtime.checkpoint import ModelError
+from runtime.comm import Communicator, Solo
 from runtime.experts import Experts
 from runtime.model import load_model
 from runtime.request import Request, SamplingParams
@@ -29,10 +30,15 @@ SIZES = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96},
 }
+# With chunks of two blocks, and a layer without positions whose queries grow.
+LLAMA4 = {
+    "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 160, "intermediate_size_mlp": 160, "moe_layers": [0],
+    "attention_chunk_size": 16, "no_rope_layers": [1, 0], "floor_scale": 5,
+}  # fmt: skip
 
 
 def made(kind: str, seed: int, dtype: torch.dtype = torch.float32, **changes: int) -> PreTrainedModel:
-    return make(kind, seed, dtype, **(SIZES[kind] | changes))
+    return make(kind, seed, dtype, **(SIZES.get(kind, LLAMA4) | changes))
 
 
 def called(path: str) -> str:
@@ -85,7 +91,7 @@ def names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-@pytest.mark.parametrize(("kind", "size"), [("qwen3_moe", 1), ("mixtral", 2)])
+@pytest.mark.parametrize(("kind", "size"), [("qwen3_moe", 1), ("mixtral", 2), ("llama4_text", 1)])
 @pytest.mark.parametrize(
     ("quantization", "dtype", "activations"),
     [("int4", "bfloat16", "int8"), ("int4", "float32", "16bit"), ("none", "bfloat16", "16bit"), ("none", "float32", "16bit")],
@@ -100,7 +106,7 @@ def test_a_row_never_depends_on_the_others(
     on_ranks(size, lambda comm: same_bits(load_model(config, comm), sequences, random.Random(seed), (1, 3, 40, 100)))
 
 
-@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("kind", [*SIZES, "llama4_text"])
 @pytest.mark.parametrize(("quantization", "dtype"), [("int4", "bfloat16"), ("none", "bfloat16"), ("none", "float32")])
 def test_the_number_of_ranks_does_not_show(kind: str, quantization: str, dtype: str, seed: int, tmp_path: Path) -> None:
     save(made(kind, seed), tmp_path)
@@ -130,8 +136,11 @@ def test_ranks_of_any_number_share_the_experts(seed: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("kind", "layout", "shuffled"),
-    [("qwen3_moe", "pack-quantized", False), ("qwen3_moe", "gptq", True), ("mixtral", "awq", False)],
-)
+    [
+        ("qwen3_moe", "pack-quantized", False), ("qwen3_moe", "gptq", True), ("mixtral", "awq", False),
+        ("llama4_text", "pack-quantized", False),
+    ],
+)  # fmt: skip
 def test_files_of_few_bits_are_read_as_they_are(kind: str, layout: str, shuffled: bool, seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -145,7 +154,13 @@ def test_files_of_few_bits_are_read_as_they_are(kind: str, layout: str, shuffled
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", SIZES)
+def test_chunks_that_cut_blocks_are_refused(seed: int, tmp_path: Path) -> None:
+    save(make("llama4_text", seed, **(LLAMA4 | {"attention_chunk_size": 12})), tmp_path)
+    with pytest.raises(ModelError, match=r"chunks of 12 positions: engine\.block_size must divide it, and is 8"):
+        load_model(config_of(tmp_path), Solo())
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "llama4_text"])
 def test_jobs_give_the_tokens_of_plain_decoding(kind: str, seed: int, tmp_path: Path) -> None:
     """With drafts, in any company, on several ranks and in rounds that live on the device."""
     rng = random.Random(seed)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from runtime.experts import Expert, experts_of, routers_of
+from runtime.experts import Expert, experts_of, plain_linears
 from runtime.quantize.awq import clipped, search_scale
 from runtime.quantize.folding import find_producer, multiply, producers
 from runtime.quantize.gptq import DAMPING, compensated, gptq
@@ -114,11 +114,7 @@ def quantize_layer(
 
 def roundable(layer: nn.Module) -> dict[str, nn.Linear]:
     """The linears of a layer that are rounded, by path: not those of routers, nor such as have fewer outputs than a word."""
-    routers = tuple(f"{path}." for path, _ in routers_of(layer))
-    return {
-        path: m for path, m in layer.named_modules()
-        if type(m) is nn.Linear and m.out_features >= 8 and not path.startswith(routers)
-    }  # fmt: skip
+    return {path: linear for path, linear in plain_linears(layer).items() if linear.out_features >= 8}
 
 
 def together(layer: nn.Module, stages: Sequence[Stage]) -> list[list[Stage]]:

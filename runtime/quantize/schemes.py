@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from runtime.checkpoint import ModelError
+from runtime.experts import plain_linears
 
 CHANNEL_GROUP = 128  # a scale for a whole channel is held as equal scales of groups of so many inputs, or of a divisor
 GPTQ_FORMATS = ("gptq", "gptq_v2")
@@ -88,7 +89,7 @@ def read_schemes(
     if not isinstance(given, Mapping):
         raise ModelError("quantization_config in config.json is no object")
     others = set(tied)
-    linears = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear) and f"{path}.weight" not in others}
+    linears = {path: linear for path, linear in plain_linears(module).items() if f"{path}.weight" not in others}
     method = given.get("quant_method")
     if method == "compressed-tensors":
         found = _compressed(given, linears)
