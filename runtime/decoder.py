@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from runtime.attention import Pass
 from runtime.batch import Batch, Piece
 from runtime.checkpoint import ModelError
+from runtime.experts import choosing
 from runtime.kernels.packed import PackedInt8
 from runtime.kv_cache import CacheShape, KVCache
-from runtime.layer import FusedLayer, Norm, Parts, Scoring, learn_activation, learn_norm, match, random_like
+from runtime.layer import FusedLayer, Gated, Norm, Parts, Scoring, learn_activation, learn_norm, match, random_like
 from runtime.linear import ColumnParallel, Dense, Int8
 from runtime.skeleton import replace
 
@@ -133,7 +134,9 @@ class Trial:
         own += [(norm, dim) for norm in (parts.query_norm, parts.key_norm) if norm is not None]
         learnt = [learn_norm(module, size, self.like, self.kernels) for module, size in own]
         norms = [norm for norm in learnt if norm is not None]
-        activation = learn_activation(parts.activation, self.like, self.kernels)
+        activation: str | None = ""
+        if isinstance(parts.last, Gated):
+            activation = learn_activation(parts.last.activation, self.like, self.kernels)
         if len(norms) < len(own) or activation is None:
             return None
         if len({(norm.eps, norm.early) for norm in norms[2:]}) > 1:
@@ -144,13 +147,16 @@ class Trial:
             first = self._run(layer, x, watch)
             # Input of the size of what the layer adds, so that roundings of the sum don't cover that.
             x = x * float((first - x).float().square().mean().sqrt().clamp(0.01, 1.0))
-            wanted = self._run(layer, x, watch)
+            choices: list[tuple[Tensor, ...]] = []  # of experts, which must not differ for the last bit of a row
+            with choosing(layer, choices):
+                wanted = self._run(layer, x, watch)
             pair = (norms[2], norms[3]) if norms[2:] else None
             (scoring, _) = watch.seen
             fused = FusedLayer(
                 layer, parts, (norms[0], norms[1]), pair, activation, scoring, index, self.kernels, self.under_way
             )
-            found = self._run(fused, x, watch)
+            with choosing(fused, choices, again=True):
+                found = self._run(fused, x, watch)
         except (ModelError, TypeError, ValueError, AttributeError, KeyError, IndexError):
             return None  # it isn't called as the common layer is
         error = (found - wanted).double().square().mean().sqrt()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -105,6 +106,24 @@ class InChunks(nn.Module):
         chunks = functional.pad(flat, (0, 0, 0, -len(flat) % size or size * (len(flat) == 0))).split(size)
         outs = [self.inner(rows.view(*x.shape[:-2], size, -1), *more) for rows in chunks]
         return tuple(torch.cat(parts)[: len(flat)] for parts in zip(*outs, strict=True))
+
+
+@contextmanager
+def choosing(module: nn.Module, choices: list[tuple[Tensor, ...]], again: bool = False) -> Iterator[None]:
+    """While it lasts, what is chosen for a module's experts, and their weights, is noted; or, `again`, taken from what was."""
+
+    def send(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if again:
+            return args[0], *choices.pop(0)
+        choices.append(args[1:])
+        return None
+
+    hooks = [experts.register_forward_pre_hook(send) for _, experts in experts_of(module)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def unpack_experts(model: PreTrainedModel) -> None:

@@ -1,7 +1,8 @@
 """A decoder layer in nine operations instead of some fifty.
 
 Norm, q/k/v with or without norms of their own, rotary positions, attention, o, residual, norm, gate and up, activation,
-down, residual: nearly all dense decoders share this layer. It is recognised by its modules and their shapes, and what
+down, residual: nearly all dense decoders share this layer. A mixture of experts may stand where gate, up and down do, and is
+then called as it is. A layer is recognised by its modules and their shapes, and what
 they don't say - a scale, a window, where a norm rounds - is learnt by running transformers' own layer once.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from runtime.attention import Pass, attends
 from runtime.batch import Batch
+from runtime.experts import Experts
 from runtime.kernels.arguments import GATES
 from runtime.kv_cache import KVCache
 from runtime.linear import ColumnParallel, Int4, RowParallel, Siblings
@@ -47,8 +49,17 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """The modules of a gated block."""
+
+    gate_up: Siblings
+    activation: nn.Module
+    down: RowParallel
+
+
+@dataclass(frozen=True)
 class Parts:
-    """The modules of a layer that has the structure, in the order in which they work."""
+    """The modules of a layer that has the structure, in the order in which they work. last: or a mixture of experts."""
 
     norm: nn.Module
     qkv: Siblings
@@ -56,15 +67,14 @@ class Parts:
     key_norm: nn.Module | None
     output: RowParallel
     second_norm: nn.Module
-    gate_up: Siblings
-    activation: nn.Module
-    down: RowParallel
+    last: Gated | nn.Module
 
 
 class FusedLayer(nn.Module):
     """Stands in for a layer of transformers, called by its loop or, with less ado, by `runtime.decoder`.
 
-    index: its place in the cache. What else of a layer its loop may look at is taken over from `inner`.
+    index: its place in the cache. activation: as `kernels.gated` knows it, "" where there is a mixture. What else of a layer
+    its loop may look at is taken over from `inner`.
     """
 
     def __init__(
@@ -78,8 +88,9 @@ class FusedLayer(nn.Module):
         self.index = index
         self._norms = norms
         self._head_norms = head_norms
-        self._qkv, self._gate_up = parts.qkv, parts.gate_up
-        self.output, self.down = parts.output, parts.down
+        self._qkv, self.output = parts.qkv, parts.output
+        self._gated = parts.last if isinstance(parts.last, Gated) else None
+        self.last: nn.Module = parts.last.down if isinstance(parts.last, Gated) else parts.last
         self._activation = activation
         self._scoring = scoring
         self._kernels = kernels
@@ -88,10 +99,12 @@ class FusedLayer(nn.Module):
 
     def _in_halves(self, parts: Parts) -> Any:
         """The layer in two calls, where the kernels have such and all products are int4."""
-        make = getattr(self._kernels, "Halves", None)
-        every = (parts.qkv.product, parts.output.product, parts.gate_up.product, parts.down.product)
+        make, gated = getattr(self._kernels, "Halves", None), self._gated
+        if make is None or gated is None or gated.gate_up.bias is not None:
+            return None
+        every = (parts.qkv.product, parts.output.product, gated.gate_up.product, gated.down.product)
         products = [product for product in every if isinstance(product, Int4)]
-        if make is None or parts.gate_up.bias is not None or len(products) < len(every):
+        if len(products) < len(every):
             return None
         query_norm, key_norm = self._head_norms or (None, None)
         scoring = self._scoring
@@ -115,13 +128,13 @@ class FusedLayer(nn.Module):
         self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache
     ) -> tuple[Tensor, Tensor]:
         """x, update [T, W], cos, sin [T, R] -> x, update: the sum of the two is what a layer is given or gives."""
-        if self._halves is not None and x.is_contiguous():
+        if self._halves is not None and self._gated is not None and x.is_contiguous():
             part, x = self._halves.attention(
                 x, update, cos, sin, cache.keys[self.index], cache.values[self.index], batch.slots, batch.tables, batch.rows,
                 batch.reach,
             )  # fmt: skip
             part, x = self._halves.mlp(x, self.output.finish(part, x.dtype))
-            return x, self.down.finish(part, x.dtype)
+            return x, self._gated.down.finish(part, x.dtype)
         kernels, scoring = self._kernels, self._scoring
         query_norm, key_norm = self._head_norms or (None, None)
         keys, values = cache.keys[self.index], cache.values[self.index]
@@ -137,34 +150,45 @@ class FusedLayer(nn.Module):
             scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks,
         )  # fmt: skip
         normed, x = self._norms[1](kernels, x, self.output(heads.view(len(x), -1)))
-        return x, self.down(self._gate_up.gated(normed, self._activation, kernels))
+        if self._gated is None:
+            return x, self.last(normed[None])[0]
+        return x, self.last(self._gated.gate_up.gated(normed, self._activation, kernels))
 
 
 def match(layer: nn.Module, head_dim: int) -> tuple[Parts, int] | None:
     """The parts of a layer and its place in the cache, if its modules are those of the structure."""
     attentions = [child for child in layer.children() if attends(child)]
-    blocks = [child for child in layer.children() if any(isinstance(x, RowParallel) for x in child.children())]
+    blocks = [child for child in layer.children() if any(isinstance(x, RowParallel | Experts) for x in child.children())]
     norms = [child for child in layer.children() if child not in blocks]
     if len(attentions) != 1 or len(blocks) != 2 or attentions[0] not in blocks or len(norms) != 2:
         return None
-    if hasattr(attentions[0], "spread"):
-        return None  # its heads are uneven on some rank of the group
     (attention,) = attentions
+    if any(hasattr(attention, name) for name in ("spread", "chunk", "tuning")):
+        return None  # its heads are uneven on some rank of the group, or `attend` does more for it
     (mlp,) = (block for block in blocks if block is not attention)
-    found, gated = _projections(attention, 3), _projections(mlp, 2)
-    if found is None or gated is None:
+    found, last = _projections(attention, 3), _last(mlp)
+    if found is None or last is None:
         return None
     qkv, output, head_norms = found
-    gate_up, down, rest = gated
     query, key, value = qkv.widths
     if key != value or query % key or key % head_dim or output.product.in_features != query:
         return None
-    if len(head_norms) not in (0, 2) or len(rest) != 1 or len(set(gate_up.widths)) != 1:
+    if len(head_norms) not in (0, 2):
         return None
     query_norm, key_norm = head_norms or (None, None)
     index: int = attention.layer_idx  # type: ignore[assignment]
-    parts = Parts(norms[0], qkv, query_norm, key_norm, output, norms[1], gate_up, rest[0], down)
-    return parts, index
+    return Parts(norms[0], qkv, query_norm, key_norm, output, norms[1], last), index
+
+
+def _last(block: nn.Module) -> Gated | nn.Module | None:
+    """A layer's second block, if it is a gated one or a mixture of experts."""
+    if any(isinstance(child, Experts) for child in block.children()):
+        return block
+    found = _projections(block, 2)
+    if found is None or len(found[2]) != 1 or len(set(found[0].widths)) != 1:
+        return None
+    gate_up, down, (activation,) = found
+    return Gated(gate_up, activation, down)
 
 
 def learn_norm(module: nn.Module, width: int, like: Tensor, kernels: ModuleType) -> Norm | None:

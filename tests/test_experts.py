@@ -124,6 +124,7 @@ def test_ranks_of_any_number_share_the_experts(seed: int, tmp_path: Path) -> Non
 
     def work(comm: Communicator) -> tuple[list[int], bool, bool]:
         model = load_model(config, comm)
+        assert model.decoder is not None, "its layers aren't fused"
         (first, *_) = [m for m in model.module.modules() if isinstance(m, Experts)]
         return [int(name) for name, _ in first.named_children()], model.ranks_alike, model.capturable
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from runtime.experts import Expert, experts_of, plain_linears
+from runtime.experts import Expert, choosing, plain_linears
 from runtime.quantize.awq import clipped, search_scale
 from runtime.quantize.folding import find_producer, multiply, producers
 from runtime.quantize.gptq import DAMPING, compensated, gptq
@@ -183,8 +183,10 @@ def collect(
     found: dict[str, Moments] = {}
     for run, true_run in zip(runs, plain, strict=True):
         choices: list[tuple[Tensor, ...]] = []
-        seen = inputs_of(layer, paths, run, choices)
-        true = seen if whole is layer else inputs_of(whole, paths, true_run, choices, again=True)
+        with choosing(layer, choices):
+            seen = inputs_of(layer, paths, run)
+        with choosing(whole, choices, again=True):
+            true = seen if whole is layer else inputs_of(whole, paths, true_run)
         for path in seen:
             x = seen[path]
             if path not in found:
@@ -194,26 +196,14 @@ def collect(
     return found
 
 
-def inputs_of(
-    layer: nn.Module, paths: Sequence[str], run: Run, choices: list[tuple[Tensor, ...]], again: bool = False
-) -> dict[str, Tensor]:
-    """What a window brings to those of these linears that are called, float32 [T, K] each.
-
-    choices: the experts that routers choose, and their weights, are noted here; or, `again`, taken from here.
-    """
+def inputs_of(layer: nn.Module, paths: Sequence[str], run: Run) -> dict[str, Tensor]:
+    """What a window brings to those of these linears that are called, float32 [T, K] each."""
     found: dict[str, list[Tensor]] = {path: [] for path in paths}
-
-    def send(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if again:
-            return args[0], *choices.pop(0)
-        choices.append(args[1:])
-        return None
 
     def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: found[path].append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
 
     hooks = [layer.get_submodule(path).register_forward_pre_hook(note(path)) for path in paths]
-    hooks += [experts.register_forward_pre_hook(send) for _, experts in experts_of(layer)]
     try:
         run(layer)
     finally:
