@@ -11,7 +11,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from transformers.core_model_loading import WeightConverter
 
 from runtime.checkpoint import Checkpoint, ModelError
 from runtime.comm import Communicator, Solo
-from runtime.kernels.folding import tree
 from runtime.kernels.reference import CHUNK
 from runtime.shard import Span
 
@@ -49,8 +48,8 @@ class Experts(nn.Module):
     """Stands in for the experts of a layer, its children "0", "1", ...: of them all, or of this rank's after `keep`.
 
     A row's experts are added in float32 in the order of their numbers, those of a block by themselves, and then the blocks
-    as a binary tree (`folding.tree`): so a row's bits depend neither on other rows nor, if each rank's blocks are a whole
-    branch, on the number of ranks. early: weights are those of what experts get, not of what they give. turned: files that
+    as a binary tree: so a row's bits depend neither on other rows nor, if each rank's blocks are a whole branch, on the
+    number of ranks. early: weights are those of what experts get, not of what they give. turned: files that
     pack experts have their weights as [inputs, outputs].
     """
 
@@ -77,18 +76,24 @@ class Experts(nn.Module):
         """x [M, W], chosen int64 [M, k], the experts of a row, and their weights [M, k] -> [M, W], summed over the ranks."""
         order = torch.argsort(chosen.flatten(), stable=True)
         rows, shares = order // chosen.shape[1], weights.flatten()[order].float()[:, None]
-        counts = torch.bincount(chosen.flatten(), minlength=self.count).tolist()
-        first = sum(counts[: self._blocks[0].start])
-        sums = x.new_zeros(len(self._blocks), *x.shape, dtype=torch.float32)
-        for total, block in zip(sums, self._blocks, strict=True):
-            for index in range(*block):
-                if count := counts[index]:
-                    mine, share = rows[first : first + count], shares[first : first + count]
+        ends = list(accumulate(torch.bincount(chosen.flatten(), minlength=self.count).tolist(), initial=0))
+
+        def total(blocks: Sequence[Span]) -> Tensor:
+            """The sum of blocks, branch after branch, so that few of them are held at a time."""
+            if len(blocks) > 1:
+                half = len(blocks) // 2
+                return total(blocks[:half]) + total(blocks[half:])
+            out = torch.zeros_like(x, dtype=torch.float32)
+            for index in range(*blocks[0]):
+                if ends[index] < ends[index + 1]:
+                    sent = slice(ends[index], ends[index + 1])
+                    mine, share = rows[sent], shares[sent]
                     given = (x[mine] * share).to(x.dtype) if self.early else x[mine]
-                    out = self.get_submodule(str(index))(given).float()
-                    total[mine] += out if self.early else out * share
-                    first += count
-        return self._comm.all_reduce(tree(sums.unbind()), x.dtype)
+                    made = self.get_submodule(str(index))(given).float()
+                    out[mine] += made if self.early else made * share
+            return out
+
+        return self._comm.all_reduce(total(self._blocks), x.dtype)
 
 
 class InChunks(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from runtime.comm import Solo
 from runtime.experts import Experts
 from runtime.quantize.int4 import quantize
-from runtime.quantize.layer import METHODS, Recipe, collect, roundable, survey, together
+from runtime.quantize.layer import METHODS, Recipe, batches, collect, roundable, survey, together
 from runtime.quantize.stream import quantize_model
 
 pytestmark = pytest.mark.usefixtures("unfused", "one_thread")
@@ -55,10 +55,13 @@ def test_an_expert_sees_the_rows_that_are_sent_to_it(seed: int) -> None:
     stages = survey(layer, runs)
     assert {path for stage in stages for path in stage.paths} == set(roundable(layer))
     assert not any("gate.weight" in path for path in roundable(layer))
-    for wave in together(layer, stages):
-        assert len({stage.paths[0].rpartition(".")[2] for stage in wave}) == 1
-        found = collect(layer, whole, [stage.paths[0] for stage in wave], runs, runs)
-        for stage in wave:
+    assert [{stage.paths[0].rpartition(".")[2] for stage in alike} for alike in together(layer, stages)] == [
+        {"gate_proj"}, {"down_proj"}
+    ]  # fmt: skip
+    assert [stage for batch in batches(layer, stages) for stage in batch] == stages
+    for batch in batches(layer, stages):
+        found = collect(layer, whole, [stage.paths[0] for stage in batch], runs, runs)
+        for stage in batch:
             index, name = stage.paths[0].split(".")[1:]
             rows = [(layer.gate(layer.norm(x)[0])[1] == int(index)).any(-1) for x in windows]
             inputs = [torch.cat([inner(b, x[0, mine], index, name) for x, mine in zip(windows, rows, strict=True)])

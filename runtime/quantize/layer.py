@@ -83,22 +83,23 @@ def quantize_layer(
 
     if recipe.method == "rtn":
         return {path: nearest(path) for path in linears}, []
-    waves = together(layer, survey(layer, runs))
+    stages = survey(layer, runs)
     if recipe.method.startswith("awq"):
-        for wave in waves:
-            seen = collect(layer, layer, [stage.paths[0] for stage in wave], runs, runs)
-            for stage in wave:
+        for batch in batches(layer, stages):
+            seen = collect(layer, layer, [stage.paths[0] for stage in batch], runs, runs)
+            for stage in batch:
                 consumers = [linears[path] for path in stage.paths]
                 producer = find_producer(stage.before, consumers, partial(stage.run, layer))
-                if producer is not None:
+                if producer is not None and stage.paths[0] in seen:
                     moments, weights = seen[stage.paths[0]], [m.weight.data for m in consumers]
                     scale = search_scale(weights, moments.second, moments.magnitude, recipe.group_size, recipe.symmetric)
                     multiply(consumers, _fold(producer, scale, dtype))
     whole = copy.deepcopy(layer)
     made: dict[str, Int4Weight] = {}
-    for wave in waves:
-        seen = collect(layer, whole, [stage.paths[0] for stage in wave], runs, plain)
-        for path, moments in ((path, seen[stage.paths[0]]) for stage in wave if stage.paths[0] in seen for path in stage.paths):
+    for batch in (batch for alike in together(layer, stages) for batch in batches(layer, alike)):
+        seen = collect(layer, whole, [stage.paths[0] for stage in batch], runs, plain)
+        reached = [stage for stage in batch if stage.paths[0] in seen]
+        for path, moments in ((path, seen[stage.paths[0]]) for stage in reached for path in stage.paths):
             weight = linears[path].weight.data
             if recipe.method == "awq":
                 four = clipped(weight, moments.second, recipe.group_size, recipe.symmetric)
@@ -118,9 +119,7 @@ def roundable(layer: nn.Module) -> dict[str, nn.Linear]:
 
 
 def together(layer: nn.Module, stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Stages that one pass over calibration can serve: none feeds another, as one expert's don't another's. There are as
-    many in one as have moments that take no more memory than the layer."""
-    room = sum(parameter.numel() for parameter in layer.parameters())
+    """Stages none of which feeds another stand together: those of different experts, else each by itself."""
     alike: dict[tuple[str, int], list[Stage]] = {}
     stages_of: Counter[str] = Counter()
     for stage in stages:
@@ -129,12 +128,21 @@ def together(layer: nn.Module, stages: Sequence[Stage]) -> list[list[Stage]]:
         key = owner.rpartition(".")[0] if of_expert else stage.paths[0], stages_of[owner]
         stages_of[owner] += 1
         alike.setdefault(key, []).append(stage)
-    waves: list[list[Stage]] = []
-    for group in alike.values():
-        inputs = roundable(layer)[group[0].paths[0]].in_features
-        most = max(1, room // (2 * inputs**2))
-        waves += [group[i : i + most] for i in range(0, len(group), most)]
-    return waves
+    return list(alike.values())
+
+
+def batches(layer: nn.Module, stages: Sequence[Stage]) -> list[list[Stage]]:
+    """As many stages at a time as have moments that take no more memory than the layer and its copy."""
+    linears, room = roundable(layer), 2 * sum(parameter.numel() for parameter in layer.parameters())
+    made: list[list[Stage]] = []
+    left = 0
+    for stage in stages:
+        left -= (needed := 2 * linears[stage.paths[0]].in_features ** 2)
+        if left < 0:
+            made.append([])
+            left = room - needed
+        made[-1].append(stage)
+    return made
 
 
 def survey(layer: nn.Module, runs: Sequence[Run]) -> list[Stage]:
