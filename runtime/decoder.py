@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from runtime.attention import Pass
 from runtime.batch import Batch, Piece
 from runtime.checkpoint import ModelError
+from runtime.comm import PeerLost
 from runtime.experts import choosing
 from runtime.kernels.packed import PackedInt8
 from runtime.kv_cache import CacheShape, KVCache
@@ -186,7 +187,9 @@ class Trial:
         """Runs the whole model as transformers has it. Raises ModelError if that needs what we don't have."""
         try:
             self.under_way.run(self.model, self.batch, self.cache, self.kernels)
-        except (ModelError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        except PeerLost:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise ModelError(f"{self.model.config.model_type} cannot run here: {error}") from error
 
     def decoder(self) -> Decoder | None:

@@ -30,14 +30,29 @@ class Llama4Mixture(nn.Module):
         return self.shared_expert(x) + self.experts(x, chosen, weights), logits
 
 
-def rework(model: PreTrainedModel) -> None:
-    """Puts `Llama4Mixture` in a skeleton."""
-    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+class Llama4Rotary(nn.Module):
+    """Stands in for transformers' rotary embedding, which in some versions lays angles out by frequency: a few rows then get
+    other roundings than many."""
 
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, _: Tensor, position_ids: Tensor) -> Tensor:
+        """Positions [1, T] -> complex [1, T, D / 2], of the length that the scaling gives them."""
+        angles = position_ids[..., None].float() * self.inner.inv_freq.float()
+        return torch.polar(torch.ones_like(angles), angles) * self.inner.attention_scaling
+
+
+def rework(model: PreTrainedModel) -> None:
+    """Puts `Llama4Mixture` and `Llama4Rotary` in a skeleton."""
+    from transformers.models.llama4 import modeling_llama4
+
+    ours = {modeling_llama4.Llama4TextMoe: Llama4Mixture, modeling_llama4.Llama4TextRotaryEmbedding: Llama4Rotary}
     for path, module in list(model.named_modules()):
-        if isinstance(module, Llama4TextMoe):
+        if type(module) in ours:
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, Llama4Mixture(module))
+            setattr(model.get_submodule(parent), name, ours[type(module)](module))
 
 
 class Tuning:
