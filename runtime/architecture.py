@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from runtime import falcon, llama4
+from runtime import falcon, llama4, qwen2_moe
 from runtime.checkpoint import ModelError
 from runtime.experts import names_in_files
 
@@ -55,7 +55,11 @@ PLANS: dict[str, dict[str, str]] = {
 
 
 # Whose modules don't do as they are.
-REWORKED: dict[str, Callable[[PreTrainedModel], None]] = {"falcon": falcon.rework, "llama4_text": llama4.rework}
+REWORKED: dict[str, Callable[[PreTrainedModel], None]] = {
+    "falcon": falcon.rework,
+    "llama4_text": llama4.rework,
+    "qwen2_moe": qwen2_moe.rework,
+}
 
 
 def understand(raw: dict[str, Any], directory: str) -> PretrainedConfig:

@@ -30,15 +30,18 @@ SIZES = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96},
 }
-# With chunks of two blocks, and a layer without positions whose queries grow.
-LLAMA4 = {
-    "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 160, "intermediate_size_mlp": 160, "moe_layers": [0],
-    "attention_chunk_size": 16, "no_rope_layers": [1, 0], "floor_scale": 5,
+# One with chunks of two blocks and a layer without positions whose queries grow, one with an expert that all share.
+OTHERS = {
+    "llama4_text": {
+        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 160, "intermediate_size_mlp": 160,
+        "moe_layers": [0], "attention_chunk_size": 16, "no_rope_layers": [1, 0], "floor_scale": 5,
+    },
+    "qwen2_moe": SIZES["qwen3_moe"] | {"shared_expert_intermediate_size": 160},
 }  # fmt: skip
 
 
 def made(kind: str, seed: int, dtype: torch.dtype = torch.float32, **changes: int) -> PreTrainedModel:
-    return make(kind, seed, dtype, **(SIZES.get(kind, LLAMA4) | changes))
+    return make(kind, seed, dtype, **((SIZES | OTHERS)[kind] | changes))
 
 
 def called(path: str) -> str:
@@ -91,7 +94,7 @@ def names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-@pytest.mark.parametrize(("kind", "size"), [("qwen3_moe", 1), ("mixtral", 2), ("llama4_text", 1)])
+@pytest.mark.parametrize(("kind", "size"), [("qwen3_moe", 1), ("mixtral", 2), ("llama4_text", 1), ("qwen2_moe", 1)])
 @pytest.mark.parametrize(
     ("quantization", "dtype", "activations"),
     [("int4", "bfloat16", "int8"), ("int4", "float32", "16bit"), ("none", "bfloat16", "16bit"), ("none", "float32", "16bit")],
@@ -106,7 +109,7 @@ def test_a_row_never_depends_on_the_others(
     on_ranks(size, lambda comm: same_bits(load_model(config, comm), sequences, random.Random(seed), (1, 3, 40, 100)))
 
 
-@pytest.mark.parametrize("kind", [*SIZES, "llama4_text"])
+@pytest.mark.parametrize("kind", [*SIZES, *OTHERS])
 @pytest.mark.parametrize(("quantization", "dtype"), [("int4", "bfloat16"), ("none", "bfloat16"), ("none", "float32")])
 def test_the_number_of_ranks_does_not_show(kind: str, quantization: str, dtype: str, seed: int, tmp_path: Path) -> None:
     save(made(kind, seed), tmp_path)
@@ -156,7 +159,7 @@ def test_files_of_few_bits_are_read_as_they_are(kind: str, layout: str, shuffled
 
 
 def test_chunks_that_cut_blocks_are_refused(seed: int, tmp_path: Path) -> None:
-    save(make("llama4_text", seed, **(LLAMA4 | {"attention_chunk_size": 12})), tmp_path)
+    save(made("llama4_text", seed, attention_chunk_size=12), tmp_path)
     with pytest.raises(ModelError, match=r"chunks of 12 positions: engine\.block_size must divide it, and is 8"):
         load_model(config_of(tmp_path), Solo())
 
