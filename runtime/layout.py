@@ -68,8 +68,8 @@ class Layout:
     """One rank's part of a model.
 
     experts: modules of experts, whose linears stand among the columns. whole: linears that every rank holds in full, in the
-    model's dtype. parameters: the rows of bare parameters that are
-    split. spreads: of attention modules, if on some rank of the group more queries read one KV head than another.
+    model's dtype. parameters: the rows of bare parameters that are split. spreads: of attention modules, if on some rank of
+    the group more queries read one KV head than another.
     """
 
     columns: list[Columns]
