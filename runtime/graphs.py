@@ -65,10 +65,13 @@ def capture_on(device: torch.device) -> Capture | None:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of a rank, such as its watchdog's, may go about their business meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            # Other threads of a rank, such as its watchdog's, may go about their business meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails may leave its own behind
         return graph.replay
 
     return capture

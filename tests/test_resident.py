@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from test_same_tokens import outcome, requests, small_cache
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from runtime.drafting.match import MatchIndex
 from runtime.drafting.resident import Lookup, View
-from runtime.graphs import Graphs
+from runtime.graphs import Graphs, Work
 from runtime.request import Request
 from runtime.resident import Resident
 from runtime.verify import Decision, Ints
@@ -92,6 +96,44 @@ def test_what_candidates_leave_open_waits_for_the_host(
     with mock.patch("workers.build.lives_on", return_value=False):
         expected = run(demo_config("speculation.method=none"), requests, size)
     assert {i: outcome(c) for i, c in job.completions.items()} == {i: outcome(c) for i, c in expected.completions.items()}
+
+
+class Alone(TorchDispatchMode):
+    """Refuses what would make a device wait for the host, or read the host's memory, and so end the capture of a graph."""
+
+    REFUSED = {
+        "_local_scalar_dense", "equal", "is_nonzero", "item", "lift_fresh", "masked_select", "nonzero", "unique_dim",
+        "_unique2", "bincount",
+    }  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.REFUSED, f"a round asks the host: {func}"
+        masks = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.dtype == torch.bool]
+        assert name not in ("index", "index_put", "index_put_") or all(x is args[0] for x in masks), f"{func} counts a mask"
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["none", "ngram", "model"])
+def test_nothing_in_a_round_waits_for_the_host(
+    name: str, seed: int, watched: list[Decision], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters and all; but for the first round of a shape, which no graph captures."""
+    run_, alone = Graphs.run, [0]
+    known: set[Any] = set()
+
+    def checked(self: Graphs, key: Any, work: Work) -> None:
+        if key not in known:
+            known.add(key)
+            run_(self, key, work)
+            return
+        alone[0] += 1
+        with Alone():
+            run_(self, key, work)
+
+    monkeypatch.setattr(Graphs, "run", checked)
+    run(demo_config(*SETTINGS[name]), [plain(seed)[2]])
+    assert alone[0] > 0 and all(bucket.filters for bucket in known)
 
 
 def test_lookup_finds_what_the_host_finds(seed: int) -> None:
