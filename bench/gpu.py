@@ -3,22 +3,27 @@
     python -m bench.gpu                 # needs torch with CUDA, triton, and pytest for the tests marked gpu
     python -m bench.gpu --dry-run       # tiny shapes in Triton's interpreter, on any machine: does it run at all
 
-First the card's own ceilings, copying and dense products; then each kernel beside what torch has (and gemlite where it
-is installed), at the layer shapes of Qwen3-8B and Qwen3-32B. Calls are replayed from a CUDA graph, so that no launch
-from Python is in a time, and go through so many copies of their weight that none is still in the card's cache. Then
-rounds and whole jobs of a model of a real shape (`bench.gpu_rounds`), and the tests that need a card.
+First the card's own ceilings, copying and dense products; then rounds and whole jobs of a model of a real shape
+(`bench.gpu_rounds`); then each kernel beside what torch has (and gemlite where it is installed), at the layer shapes of
+Qwen3-8B and Qwen3-32B. Calls are replayed from a CUDA graph, so that no launch from Python is in a time, and go through so
+many copies of their weight that none is still in the card's cache. Last come the tests that need a card. Each part prints
+what it has as it goes, and a part that fails takes no other along.
 """
 
 import argparse
+import contextlib
 import functools
+import io
 import os
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -30,6 +35,7 @@ from bench.gpu_rounds import report
 from bench.shapes import SHAPES as SHAPES_OF_MODELS
 from bench.tables import table
 from runtime.kernels import gpu, reference
+from runtime.kernels.gpu.table import slug
 from runtime.kernels.packed import PackedInt4
 from runtime.quantize.int4 import Int4Weight
 from runtime.quantize.int8 import Int8Weight
@@ -229,32 +235,19 @@ def check(device: torch.device, dry: bool) -> float:
     return float((gpu.int4_linear(x, gpu.pack_int4(weight, "16bit")) - expected).abs().max() / expected.abs().max())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter, on a CPU")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--minutes", type=float, default=3.0, help="no product is begun after so many")
-    parser.add_argument("--shape", choices=SHAPES_OF_MODELS, default="qwen3-8b", help="of the model for rounds and whole jobs")
-    options = parser.parse_args(arguments)
-    dry, started, code = options.dry_run, time.monotonic(), 0
-    if not dry and not torch.cuda.is_available():
-        print("no CUDA device; --dry-run runs tiny shapes on a CPU", file=sys.stderr)
-        return 2
-    device = torch.device("cpu" if dry else "cuda")
-    torch.manual_seed(0)
-    print(f"{'dry run, times mean nothing' if dry else torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    copied, dense = ceilings(device, dry)
-    print(f"copies {copied:.0f} GB/s, dense bf16 product {dense:.0f} TFLOP/s")
-    print(f"our product's largest error, relative: {check(device, dry):.1e} (bfloat16 rounds by 3.9e-03)\n", flush=True)
+def every_product(
+    device: torch.device, copied: float, dry: bool, all_rows: Sequence[int], started: float, minutes: float,
+    short: list[list[str]],
+) -> None:  # fmt: skip
+    """Prints a table of each shape as it is done, and puts the telling rows into `short`."""
     shapes = {"tiny": (96, 256)} if dry else SHAPES
-    short: list[list[str]] = []
     for name, (outputs, inputs) in shapes.items():
-        if (time.monotonic() - started) / 60 > options.minutes:
-            print(f"{name}: left out, {options.minutes:g} minutes are over")
+        if (time.monotonic() - started) / 60 > minutes:
+            print(f"{name}: left out, {minutes:g} minutes are over")
             continue
         runs = products(weight_of(outputs, inputs, device), dry or "gate" in name, dry)
         lines = []
-        for rows in options.rows[: 2 if dry else None]:
+        for rows in all_rows[: 2 if dry else None]:
             x = torch.randn(rows, inputs, device=device).bfloat16()
             line, times = [str(rows)], {}
             for contender, made in runs.items():
@@ -277,8 +270,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {outputs} x {inputs}, groups of {GROUP}\n")
         print(table(["rows", *runs], lines))
         print("".join(f"{c}: {made}\n" for c, made in runs.items() if isinstance(made, str)), flush=True)
-        code |= isinstance(runs["ours"], str)
+        if isinstance(runs["ours"], str):
+            raise RuntimeError(f"our product can't run: {runs['ours']}")
         del runs
+
+
+def other_kernels(device: torch.device, copied: float, dry: bool) -> None:
+    """Prints what attention, the head and all between products take."""
     for sequences, rows, context in [(2, 2, 64)] if dry else [(1, 1, 4096), (1, 6, 8192), (16, 6, 4096), (64, 1, 2048)]:
         for who, (us, size) in attention(sequences, rows, context, device, dry).items():
             rate = size / us / 1e3
@@ -289,19 +287,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"head, {rows} rows: {who} {us:.1f} us, {size / us / 1e3:.0f} GB/s, {size / us / 1e3 / copied:.0%}")
         for what, us in between(rows, device, dry).items():
             print(f"{what}, {rows} rows: {us:.1f} us")
-    report(options.shape, device, copied * 1e9, dry, started + 420)
+
+
+def marked_tests(started: float) -> None:
+    """Runs the tests that need a card. Raises RuntimeError for those that fail."""
     left = max(30.0, 570 - (time.monotonic() - started))
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_triton*.py"))]
     print("\ntests marked gpu:", flush=True)
     try:
         tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
-        code |= subprocess.run(tests, cwd=ROOT, timeout=left).returncode
-    except subprocess.TimeoutExpired:
-        print(f"not done after {left:.0f} s")
-        code |= 1
+        done = subprocess.run(tests, cwd=ROOT, timeout=left, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"not done after {left:.0f} s") from error
+    print(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with {done.returncode}")
+
+
+def attempt(what: str, part: Callable[[], None]) -> bool:
+    """Runs a part; one that fails says so and takes none of the others along."""
+    try:
+        part()
+    except Exception:
+        print(f"\n{what} failed:\n{traceback.format_exc()}", flush=True)
+        return False
+    return True
+
+
+class Tee(io.TextIOBase):
+    """Writes to several streams, at once, so that nothing is lost if time runs out."""
+
+    def __init__(self, *streams: TextIO) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+            stream.flush()
+        return len(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """All parts, the telling ones first. On a card what is printed goes into a file of `bench/results` as well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter, on a CPU")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--minutes", type=float, default=8.0, help="no product is begun after so many")
+    parser.add_argument("--shape", choices=SHAPES_OF_MODELS, default="qwen3-8b", help="of the model for rounds and whole jobs")
+    options = parser.parse_args(arguments)
+    dry, started = options.dry_run, time.monotonic()
+    if not dry and not torch.cuda.is_available():
+        print("no CUDA device; --dry-run runs tiny shapes on a CPU", file=sys.stderr)
+        return 2
+    if dry:
+        return every_part(options, torch.device("cpu"), started)
+    path = ROOT / "bench/results" / f"gpu_{slug(torch.cuda.get_device_name())}_{date.today()}.md"
+    with path.open("w") as file, contextlib.redirect_stdout(Tee(sys.stdout, file)):
+        return every_part(options, torch.device("cuda"), started)
+
+
+def every_part(options: argparse.Namespace, device: torch.device, started: float) -> int:
+    """The exit code: 1 if a part has failed."""
+    dry = options.dry_run
+    torch.manual_seed(0)
+    print(f"{'dry run, times mean nothing' if dry else torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    copied, dense = ceilings(device, dry)
+    print(f"copies {copied:.0f} GB/s, dense bf16 product {dense:.0f} TFLOP/s")
+    print(f"our product's largest error, relative: {check(device, dry):.1e} (bfloat16 rounds by 3.9e-03)\n", flush=True)
+    short: list[list[str]] = []
+    passed = [
+        attempt("rounds and jobs", lambda: report(options.shape, device, copied * 1e9, dry, started + 240)),
+        attempt("other kernels", lambda: other_kernels(device, copied, dry)),
+        attempt("products", lambda: every_product(device, copied, dry, options.rows, started, options.minutes, short)),
+        attempt("tests", lambda: marked_tests(started)),
+    ]
     print("\nours in microseconds, and how many times as long the others take:\n")
     print(table(["shape", "rows", "ours", *RIVALS], short))
-    return int(bool(code))
+    return int(not all(passed))
 
 
 if __name__ == "__main__":

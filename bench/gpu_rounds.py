@@ -137,16 +137,21 @@ def cells(dry: bool) -> Iterator[Cell]:
                 yield Cell(batch, k, context)
 
 
-def rounds(directory: Path, device: torch.device, bandwidth: float, dry: bool) -> str:
+def rounds(directory: Path, device: torch.device, bandwidth: float, dry: bool, until: float) -> str:
     """The table of all cells: milliseconds of a round in int4 and in 16 bit, and the byte floor of each at `bandwidth`
-    (bytes a second)."""
+    (bytes a second). until: `time.monotonic()` after which no other cell is begun; each contender has its share."""
     found: dict[Cell, dict[str, Timing]] = {}
-    for name, quantization in CONTENDERS.items():
+    for number, (name, quantization) in enumerate(CONTENDERS.items()):
+        share = time.monotonic() + (until - time.monotonic()) / (len(CONTENDERS) - number)
         config = ModelConfig(target=str(directory), quantization=quantization, group_size=32 if dry else 128)
         model = load_model(config, Solo(), device)
         for cell in cells(dry):
+            if time.monotonic() > share:
+                print(f"{name}: {cell} and what follows left out, its time is over")
+                break
             try:
-                found.setdefault(cell, {})[name] = measure(model, cell)
+                took = found.setdefault(cell, {})[name] = measure(model, cell)
+                print(f"{name}, {cell}: {took.seconds * 1e3:.2f} ms", flush=True)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
         del model
@@ -158,7 +163,7 @@ def rounds(directory: Path, device: torch.device, bandwidth: float, dry: bool) -
         for name in CONTENDERS:
             timing = timings.get(name)
             if timing is None:
-                line += ["no room", "-", "-"]
+                line += ["-", "-", "-"]  # no room, or no time
                 continue
             floor = timing.nbytes / bandwidth
             line += [f"{timing.seconds * 1e3:.2f}", f"{floor * 1e3:.2f}", f"{timing.idle:.0%}"]
@@ -169,16 +174,16 @@ def rounds(directory: Path, device: torch.device, bandwidth: float, dry: bool) -
 
 
 def report(shape: str, device: torch.device, bandwidth: float, dry: bool, until: float) -> None:
-    """Prints both tables. until: `time.monotonic()` after which no other whole job is begun."""
+    """Prints both tables. until: `time.monotonic()` after which no other round is begun, nor a whole job a minute later."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = SOURCE
         if not dry:
             directory = Path(scratch) / "model"
             enlarge(SOURCE, directory, SHAPES[shape])
-        print(rounds(directory, device, bandwidth, dry), "\n", flush=True)
+        print(rounds(directory, device, bandwidth, dry, until), "\n", flush=True)
         prompts, group = ROOT / "configs/demo/prompts.jsonl", 32 if dry else 128
         for batch in [2] if dry else [1, 16]:
-            if time.monotonic() > until:
+            if time.monotonic() > until + 60:
                 print(f"whole jobs, batch {batch}: left out, the time is over")
                 continue
             print(f"whole jobs, batch {batch}\n")
