@@ -13,17 +13,15 @@ what it has as it goes, and a part that fails takes no other along.
 import argparse
 import contextlib
 import functools
-import io
 import os
 import statistics
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_rounds import report
+from bench.parts import Tee, attempt
 from bench.shapes import SHAPES as SHAPES_OF_MODELS
 from bench.tables import table
 from runtime.kernels import gpu, reference
@@ -302,29 +301,6 @@ def marked_tests(started: float) -> None:
     print(done.stdout)
     if done.returncode:
         raise RuntimeError(f"pytest ended with {done.returncode}")
-
-
-def attempt(what: str, part: Callable[[], None]) -> bool:
-    """Runs a part; one that fails says so and takes none of the others along."""
-    try:
-        part()
-    except Exception:
-        print(f"\n{what} failed:\n{traceback.format_exc()}", flush=True)
-        return False
-    return True
-
-
-class Tee(io.TextIOBase):
-    """Writes to several streams, at once, so that nothing is lost if time runs out."""
-
-    def __init__(self, *streams: TextIO) -> None:
-        self._streams = streams
-
-    def write(self, text: str) -> int:
-        for stream in self._streams:
-            stream.write(text)
-            stream.flush()
-        return len(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
