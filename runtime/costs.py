@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,10 +10,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-WEIGHT = 0.1  # of one round, at the least, in what its number of rows is believed to cost
-TRIED = 4.0  # rounds that a trial counts for
-DRIFT = 0.05  # of one round without drafts in what all rounds are believed to cost
-FORGOTTEN = 1 / 1024  # of what is believed of other numbers of rows, with every round
+COMMON, OWN = 0.4, 0.3  # what the table may be wrong by, as a standard deviation of a logarithm: all of it, and single rows
+SLOW, FAST = 0.1, 0.05  # the same of one round: something else may have had the machine, but nothing makes a round too quick
+FORGOTTEN = 1 / 1024  # of all that rounds have shown, with every other one
+HOPE = 0.3  # standard deviations by which rows are believed to be cheaper, that less is known of than of others
+DRAFTING = 0.1  # weight of one round in what drafting is believed to cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +54,32 @@ def slowest(costs: list[Costs]) -> Costs:
 class RoundCosts:
     """The table of a group, in use. A table that was measured once knows the shape: which rows are cheap.
 
-    Two things are learnt on top: one factor for all rounds, since machines slow down, and one for every number of rows in
-    the table, since requests differ from those that were tried out. The second is forgotten for more rows than there are
-    now, so that what was dear once is tried again.
+    How far it is off is learnt from rounds: the logarithms of its errors are a Gaussian process, partly one error of all
+    rows, partly one that is alike for like numbers of rows, and both wander with time, never further than they were at first
+    (Ornstein and Uhlenbeck). Every round is a reading of it, taken in by a Kalman filter. So a first reading moves all rows,
+    what is not seen any more is doubted again, and what was dear once is tried again.
     """
 
     measured: Costs
-    drift: float = 1.0
     draft_drift: float = 1.0
     _rows: Array = field(init=False)
     _table: Array = field(init=False)  # [contexts, rows]
-    _factors: Array = field(init=False)  # [rows]
-    _seen: Array = field(init=False)  # [rows], rounds that say so, old ones fading
+    _prior: Array = field(init=False)  # [rows, rows], covariance
+    _error: Array = field(init=False)  # [rows], mean
+    _doubt: Array = field(init=False)  # [rows, rows], covariance
 
     def __post_init__(self) -> None:
         self._rows = np.array(self.measured.rows, np.float64)
         self._table = np.array(self.measured.seconds, np.float64).reshape(len(self.measured.contexts), -1)
-        self._factors, self._seen = np.ones_like(self._rows), np.full_like(self._rows, TRIED)
+        octaves = np.log2(self._rows)
+        self._prior = COMMON**2 + OWN**2 * np.exp(-np.abs(octaves[:, None] - octaves))
+        self._error, self._doubt = np.zeros_like(self._rows), self._prior.copy()
 
     def seconds(self, rows: Array, context: float) -> Array:
         """Of rounds with these rows, float64 of any shape; never less for more rows. In between and beyond: on a line."""
-        table = self._at(context)
+        spread = np.sqrt(np.maximum(0.0, self._doubt.diagonal()))
+        factors = np.exp(self._error - HOPE * (spread - spread.min()))
+        table = np.maximum.accumulate(factors * self._at(context))
         last = (table[-1] - table[-2]) / (self._rows[-1] - self._rows[-2]) if len(table) > 1 else 0.0
         beyond = np.maximum(0.0, rows - self._rows[-1]) * last
         found: Array = np.interp(rows, self._rows, table) + beyond
@@ -82,34 +89,28 @@ class RoundCosts:
         """Of a model that drafts `rows` tokens in `steps` steps."""
         return self.draft_drift * (self.measured.step * steps + self.measured.row * rows)
 
-    def correct(self, effort: Effort, context: float, drafted: float, plain: bool) -> None:
-        """Takes in a round. drafted: seconds that were expected to be spent drafting. plain: whether it had no drafts."""
+    def correct(self, effort: Effort, context: float, drafted: float) -> None:
+        """Takes in a round. drafted: seconds that were expected to be spent drafting."""
         spent = effort.seconds - effort.drafting
         if drafted > 0:
-            self.draft_drift *= bounded(effort.drafting / (drafted or 1.0)) ** WEIGHT
+            self.draft_drift *= min(2.0, max(0.5, effort.drafting / drafted)) ** DRAFTING
         if spent <= 0 or effort.rows > self._rows[-1]:
             return
-        ratio = bounded(spent / float(self.seconds(np.array(effort.rows), context)))
         places = np.arange(len(self._rows))
         near = np.maximum(0.0, 1 - np.abs(places - np.interp(effort.rows, self._rows, places)))
-        if plain:
-            self.drift *= ratio**DRIFT
-        more = FORGOTTEN * ((near == 0) & (self._rows > effort.rows))
-        self._factors = self._factors ** (1 - more) * ratio ** (near * np.maximum(WEIGHT, 1 / (1 + self._seen)))
-        self._seen = self._seen * (1 - FORGOTTEN) + near
+        table = float(np.interp(effort.rows, self._rows, self._at(context)))
+        wrong = math.log(spent / table) - float(near @ self._error)
+        noise = max(SLOW, wrong) if wrong > 0 else FAST  # the slower, the likelier that it was an accident
+        shared = self._doubt @ near
+        gain = shared / (near @ shared + noise**2)
+        self._error = (1 - FORGOTTEN / 2) * (self._error + gain * wrong)
+        self._doubt = (1 - FORGOTTEN) * (self._doubt - np.outer(gain, shared)) + FORGOTTEN * self._prior
 
     def _at(self, context: float) -> Array:
-        """Seconds by rows at this context."""
+        """Seconds by rows at this context, as they were measured."""
         contexts = self.measured.contexts
         if len(contexts) == 1:
-            table = self._table[0]
-        else:
-            share = max(0.0, (context - contexts[0]) / (contexts[-1] - contexts[0]))
-            table = self._table[0] + share * np.maximum(0.0, self._table[-1] - self._table[0])
-        rising: Array = np.maximum.accumulate(self.drift * self._factors * table)
-        return rising
-
-
-def bounded(ratio: float) -> float:
-    """One round alone is no proof: something else may have had the machine."""
-    return min(2.0, max(0.5, ratio))
+            return self._table[0]
+        share = max(0.0, (context - contexts[0]) / (contexts[-1] - contexts[0]))
+        table: Array = self._table[0] + share * np.maximum(0.0, self._table[-1] - self._table[0])
+        return table

@@ -21,8 +21,8 @@ from runtime.sequence import Sampling, Sequence
 ROWS = (1, 8, 2, 32, 4, 16, 3, 6, 12, 5, 64, 10, 24, 48, 128, 96, 256, 192, 512, 384)  # the telling ones first
 NEAR, FAR = 32, 1024  # tokens before a round's rows
 STEPS = 4  # of a draft model, in a trial
-SECONDS = 1.0  # after which no other round is tried
-LEAST, PASSES = 3, 3  # numbers of rows in any case; times that each is tried at most
+SECONDS = 2.0  # for all rounds that are tried, shared out evenly between the passes over them
+LEAST, PASSES = 3, 3  # numbers of rows in any case; passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,14 @@ class Trial:
         far = min(FAR, self.longest - 1 - self.most // self.seqs, (self.cache.num_blocks - 1) * self.cache.block_size)
         contexts = [NEAR, far] if far > 2 * NEAR else [max(0, min(NEAR, far))]
         taken: dict[tuple[int, int], float] = {}
-        self._time(self._round, 1, contexts[0])  # whatever happens on first use
+        tokens = max(rows for rows in ROWS if rows <= self.most)
+        self._time(self._round, tokens, contexts[-1])  # whatever happens on first use: memory is given out, for one thing
         spent = 0.0
         for turn in range(PASSES):
             for rows in [rows for rows in ROWS if rows <= self.most]:
                 if turn and (rows, contexts[0]) not in taken:
                     continue
-                if spent > SECONDS and len(taken) >= LEAST * len(contexts):
+                if spent > SECONDS * (turn + 1) / PASSES and len(taken) >= LEAST * len(contexts):
                     break
                 for context in contexts:
                     if not turn and self.cache.device.type != "cpu":

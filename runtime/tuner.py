@@ -14,6 +14,7 @@ from runtime.sequence import Sequence
 from runtime.verify import Decision, Ints
 
 PROBING = 0.01  # of the time may go into drafts that are not expected to pay; half as much into having none
+LEAST = 0.1  # of a plan, that going without drafts is taken to cost, or what hardly pays would never be had
 ROW = 0.01  # of a round that one more draft of every sequence is taken to cost in any case: tables are not that exact
 
 
@@ -37,8 +38,8 @@ class Tuner:
     chains: bool
     even: bool = False
     fixed: int | None = None
-    _credit: float = 0.0  # for single drafts, in plans
-    _rest: float = 0.0  # for plans without any
+    _credit: float = 1.0  # for single drafts, in plans; most is to be learnt at first
+    _rest: float = LEAST  # for plans without any
     _probes: int = 0
     _chained: NDArray[np.bool_] = field(init=False)  # [sources]
 
@@ -78,7 +79,7 @@ class Tuner:
         if self.chains and self.lookups:
             self._prefer(counts, stands, best, more)
         if self.fixed is None:
-            self._probe(counts, shares, best, more, float(seconds(np.array(float(number)))))
+            self._probe(counts, shares, stands[..., 0], best, more, float(seconds(np.array(float(number)))))
         chosen: list[list[int]] = counts.tolist()
         return [*chosen[: len(sequences)], chosen[-1]]
 
@@ -95,13 +96,17 @@ class Tuner:
         counts[:, :-1] *= worth[:, :-1] >= worth[:, -1:]
 
     def _probe(
-        self, counts: NDArray[np.int64], shares: NDArray[np.float64], best: Allocation, row: float, plain: float
-    ) -> None:
-        """Gives one that has no drafts a single one, each in its turn, or takes all away, as soon as that is
-        affordable. row: seconds of one more; plain: of a round without drafts."""
+        self, counts: NDArray[np.int64], shares: NDArray[np.float64], first: NDArray[np.float64], best: Allocation, row: float,
+        plain: float,
+    ) -> None:  # fmt: skip
+        """Gives one that has no drafts a single one, each in its turn, or takes all away, as soon as that is affordable.
+
+        The price is the share of tokens that are not decided meanwhile. first: the chance that a first draft stands; row:
+        seconds of one more; plain: of a round without drafts.
+        """
+        speed = best.tokens / best.seconds
         self._rest = min(1.0, self._rest + PROBING / 2) if counts.any() else 0.0
-        # The share of tokens that are not decided meanwhile; and some, or what hardly pays would never be had.
-        price = max(10 * PROBING, 1 - len(counts) / plain * best.seconds / best.tokens)
+        price = max(LEAST, 1 - len(counts) / plain / speed)
         if counts.any() and price <= self._rest:
             self._rest -= price
             counts[:] = 0
@@ -112,7 +117,8 @@ class Tuner:
         self._credit = min(1.0, self._credit + PROBING)
         at, source = idle[self._probes % len(idle)]
         step = float(self.costs.drafting(np.array(1.0), np.array(1.0))) if self._chained[source] else 0.0
-        price = (row + step) / best.seconds
+        lost = 1 - (best.tokens + first[at, source]) / (best.seconds + row + step) / speed
+        price = max(PROBING / 5, shares[at, source] * lost)
         if price <= self._credit:
             self._credit -= price
             self._probes += 1
@@ -133,4 +139,4 @@ class Tuner:
         chains = decision.num_drafts[sources > self.lookups]
         drafted = self.costs.drafting(np.array(float(chains.max(initial=0))), np.array(float(chains.sum())))
         context = sum(s.num_committed for s in known.values()) / len(known)
-        self.costs.correct(effort, context, float(drafted), not decision.num_drafts.any())
+        self.costs.correct(effort, context, float(drafted))

@@ -100,7 +100,7 @@ def test_drafts_that_never_stand_cost_next_to_nothing(batch: int, seed: int) -> 
     one.run(15)
     plain = batch / (0.01 * (1 + 0.1 * batch))
     assert one.run(100) >= 0.97 * plain
-    assert 0 < np.mean(one.widest[15:]) < 1, "now and then one is tried"
+    assert max(one.widest[15:]) == 1, "now and then one is tried"
 
 
 def test_rows_that_turn_dear_are_left_and_taken_up_again(seed: int) -> None:
@@ -110,11 +110,20 @@ def test_rows_that_turn_dear_are_left_and_taken_up_again(seed: int) -> None:
     one.row = 0.25
     one.run(200)
     dear = one.run(100)
-    assert dear >= 0.85 * 8 / (0.01 * (1 + 0.25 * 8)), "much slower than without drafts"
+    assert dear >= 0.95 * 8 / (0.01 * (1 + 0.25 * 8)), "much slower than without drafts"
     assert np.median(one.widest[-20:]) < before / 2
     one.row = 0.01
     one.run(600)
     assert np.median(one.widest[-20:]) > before / 2
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_table_that_was_measured_amid_other_work_is_soon_put_right(batch: int, seed: int) -> None:
+    one = Group(tuner(batch, 1.0), batch, [0.9, 0.9], random.Random(seed), 0.02)  # it says that each row doubles a round
+    one.run(100)
+    right = Group(tuner(batch, 0.02), batch, [0.9, 0.9], random.Random(seed), 0.02)
+    right.run(100)
+    assert one.run(200) > 0.9 * right.run(200)
 
 
 def test_drafts_that_begin_to_stand_are_noticed(seed: int) -> None:
