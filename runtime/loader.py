@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -39,6 +39,8 @@ from runtime.skeleton import replace
 
 HEAD_ROWS = 16384  # of a vocabulary that are rounded at a time
 
+OnPart = Callable[[int, int], None]  # told how many parts of a model are loaded, of how many
+
 
 @dataclass
 class Loader:
@@ -59,9 +61,10 @@ class Loader:
     belt: Belt | None = None
     ranks_alike: bool = True
 
-    def fill(self, layout: Layout, tied: dict[str, str]) -> int:
+    def fill(self, layout: Layout, tied: dict[str, str], on_part: OnPart) -> int:
         """Replaces and fills all modules. Returns the bytes of weights held."""
-        held = 0
+        held = done = 0
+        total = sum(len(parts) for parts in (layout.columns, layout.rows, layout.experts, layout.whole))
         comm = self.comm
         embedding = self.module.get_submodule(layout.embedding)
         assert isinstance(embedding, nn.Embedding)
@@ -84,6 +87,7 @@ class Loader:
             held += siblings.nbytes
             for index, path in enumerate(columns.paths):
                 swaps[path] = ColumnParallel(siblings, index, comm, columns.gathered)
+            on_part(done := done + 1, total)
         for rows in layout.rows:
             outputs = Span(0, self._linear(rows.path).out_features)
             product = self._product([(rows.path, outputs, rows.span)], rows.borders if self.kernels.SEGMENTS else ())
@@ -91,15 +95,18 @@ class Loader:
             self.ranks_alike &= rows.complete and self._sums_by_segment(product, rows.segments)
             held += product.nbytes + (0 if bias is None else bias.nbytes)
             swaps[rows.path] = RowParallel(product, bias, comm, rows.span if rows.whole_input else None)
+            on_part(done := done + 1, total)
         for share in layout.experts:
             experts: Experts = self.module.get_submodule(share.path)  # type: ignore[assignment]
             experts.keep(share.span, share.borders if self.kernels.SEGMENTS else (), comm)
             self.ranks_alike &= share.complete and self.kernels.SEGMENTS
+            on_part(done := done + 1, total)
         for path in layout.whole:
             dense = self._dense(path, self._weight(path))
             siblings = Siblings(dense, [dense.out_features], self._bias([path], [None]))
             held += siblings.nbytes
             swaps[path] = ColumnParallel(siblings)
+            on_part(done := done + 1, total)
         for path, swap in swaps.items():
             replace(self.module, path, swap)
         for path, spread in layout.spreads.items():

@@ -24,7 +24,7 @@ from runtime.kernels import reference, select
 from runtime.kernels.loose import loosened
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layout import lay_out
-from runtime.loader import Loader
+from runtime.loader import Loader, OnPart
 from runtime.pointwise import steady
 from runtime.quantize.schemes import Scheme, read_schemes
 from runtime.rope import longest
@@ -94,14 +94,14 @@ class Model:
 
 def load_model(
     config: ModelConfig, comm: Communicator, device: torch.device | str = "cpu", length: int | None = None,
-    visiting: bool = False, reproducible: bool = True,
+    visiting: bool = False, reproducible: bool = True, on_part: OnPart = lambda done, total: None,
 ) -> Model:  # fmt: skip
     """Builds the architecture, reads this rank's slices of the checkpoint, quantises and packs them.
 
     Weights that are stored in four bits are taken as they are, in the checkpoint's own groups; with quantization: none
     they are expanded to `dtype`. length: the longest sequence there will be, by default the longest that the model knows.
     visiting: the dense weights of layers stay in host memory, and are on the device by turns. reproducible: a row's bits
-    depend on no other row; else libraries may add as they like.
+    depend on no other row; else libraries may add as they like. on_part: told what is loaded of how much, as it goes.
 
     Names, shapes and files are checked before anything is computed. Raises ModelError, CannotShard.
     """
@@ -133,7 +133,7 @@ def load_model(
         kernels = select(device) if reproducible else loosened(select(device))
         belt = Belt(device) if visiting else None
         loader = Loader(module, config, checkpoint, kernels, dtype, device, comm, schemes, belt)
-        held = loader.fill(layout, tied)
+        held = loader.fill(layout, tied, on_part)
     finally:
         checkpoint.close()
     if device.type == "cpu":

@@ -79,7 +79,7 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     comm = Metered(connected, clock)
     # What the ranks exchange while the int4 model writes a window is time spent drafting.
     inner: Communicator = connected if config.certified else comm
-    models = load_models(config, comm, inner, device)
+    models = load_models(config, comm, inner, device, aloud=place.rank == 0)
     verifier = models.verifier
     longest = verifier.max_model_len
     if isinstance(connected, SharedMemory):

@@ -13,6 +13,7 @@ from configs.schema import RunConfig
 from runtime.checkpoint import read_json
 from runtime.comm import Communicator, Solo
 from runtime.model import Model, load_model
+from workers.loading import Loading
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +50,18 @@ class Models:
         return "".join(model.digest for model in (self.verifier, self.cheap, self.replica) if model is not None)
 
 
-def load_models(config: RunConfig, comm: Communicator, inner: Communicator, device: torch.device) -> Models:
+def load_models(config: RunConfig, comm: Communicator, inner: Communicator, device: torch.device, aloud: bool) -> Models:
     """Loads what the configuration names, in step with the other ranks. Raises BuildRefused, ModelError, CannotShard.
 
-    comm: by which the verifier's ranks exchange; inner: by which those of a model do that it certifies.
+    comm: by which the verifier's ranks exchange; inner: by which those of a model do that it certifies. aloud: say on stderr
+    how far it has come, where it takes long.
     """
-    verifier = load_verifier(config, comm, device)
-    cheap = load_cheap(config, verifier, inner, device) if config.certified else None
+    verifier = load_verifier(config, comm, device, Loading(config.verifier.target, aloud))
+    cheap = load_cheap(config, verifier, inner, device, Loading(config.model.target, aloud)) if config.certified else None
     return Models(verifier, cheap, load_replica(config, device))
 
 
-def load_verifier(config: RunConfig, comm: Communicator, device: torch.device) -> Model:
+def load_verifier(config: RunConfig, comm: Communicator, device: torch.device, loading: Loading) -> Model:
     """The target; or the 16-bit model that certifies, as it was before anybody rounded it."""
     directory = Path(config.verifier.target)
     if config.certified and "quantization_config" in read_json(directory, "config.json"):
@@ -69,15 +71,18 @@ def load_verifier(config: RunConfig, comm: Communicator, device: torch.device) -
         )
     visiting = config.verification.certify_weights == "host"
     engine = config.engine
-    return load_model(config.verifier, comm, device, engine.max_model_len, visiting, engine.reproducible)
+    return load_model(config.verifier, comm, device, engine.max_model_len, visiting, engine.reproducible, loading)
 
 
-def load_cheap(config: RunConfig, verifier: Model, comm: Communicator, device: torch.device) -> Model:
+def load_cheap(
+    config: RunConfig, verifier: Model, comm: Communicator, device: torch.device, loading: Loading
+) -> Model:
     """The int4 model, for the verifier's cache: so of the same dtype, and split the same way."""
     reference, target = Path(config.verifier.target), Path(config.model.target)
     check_same_words("model.target", target, reference)
     dtype = str(verifier.dtype).removeprefix("torch.")
-    cheap = load_model(config.model.model_copy(update={"dtype": dtype}), comm, device, config.engine.max_model_len)
+    own = config.model.model_copy(update={"dtype": dtype})
+    cheap = load_model(own, comm, device, config.engine.max_model_len, on_part=loading)
     if (cheap.cache_shape, cheap.vocab_size) != (verifier.cache_shape, verifier.vocab_size):
         raise BuildRefused(
             f"verification.certify: {target} has {tuple(cheap.cache_shape)} layers, key-value heads on this rank and their "
