@@ -179,7 +179,11 @@ def prepare(config: RunConfig, machine: Coordinator) -> Job:
     if config.files.input is None or config.files.output is None:
         raise InputError("no input or no output: give --input and --output, or files.input and files.output")
     requests = scan(config.files.input)
-    Path(config.files.output).parent.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (config.files.output, config.files.summary)):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder of {path}: {error.strerror}") from error
     defaults = read_defaults(config.verifier.target, config.sampling.defaults)
     journal = Journal.open(config.files.output, requests, fingerprint(config, defaults))
     job = Job(config, requests, journal, machine, load_tokenizer(config.verifier.target), defaults)

@@ -56,7 +56,6 @@ def test_same_output_under_every_launcher(
 def test_two_groups_of_one_rank_give_what_one_rank_gives(tmp_path: Path, prompts: Path) -> None:
     alone = tmp_path / "alone"
     pair = tmp_path / "pair"
-    alone.mkdir(), pair.mkdir()
     expected = run("python", 1, alone, "parallel.tensor=1", "engine.threads=1", prompts=prompts)
     assert run("torchrun", 2, pair, "parallel.tensor=1", "engine.threads=1", prompts=prompts) == expected
 
@@ -150,3 +149,8 @@ def test_duplicate_ids_and_foreign_output_are_refused(tmp_path: Path, prompts: P
     code, output = finish(start(launcher_command("python", 1), tmp_path, "parallel.tensor=1", prompts=prompts))
     assert code == 2 and "out.jsonl" in output
     assert (tmp_path / "out.jsonl").read_text() == '{"somebody": "else"}\n'
+
+
+def test_a_folder_that_cannot_be_made_is_named(prompts: Path) -> None:
+    code, output = finish(start(launcher_command("python", 1), prompts / "below", "parallel.tensor=1", prompts=prompts))
+    assert code == 2 and f"cannot make the folder of {prompts / 'below'}" in output
