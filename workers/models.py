@@ -71,12 +71,10 @@ def load_verifier(config: RunConfig, comm: Communicator, device: torch.device, l
         )
     visiting = config.verification.certify_weights == "host"
     engine = config.engine
-    return load_model(config.verifier, comm, device, engine.max_model_len, visiting, engine.reproducible, loading)
+    return load_model(config.verifier, comm, device, engine.max_model_len, visiting, engine.reproducible, on_part=loading)
 
 
-def load_cheap(
-    config: RunConfig, verifier: Model, comm: Communicator, device: torch.device, loading: Loading
-) -> Model:
+def load_cheap(config: RunConfig, verifier: Model, comm: Communicator, device: torch.device, loading: Loading) -> Model:
     """The int4 model, for the verifier's cache: so of the same dtype, and split the same way."""
     reference, target = Path(config.verifier.target), Path(config.model.target)
     check_same_words("model.target", target, reference)
