@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from runtime.read_ahead import Extent
 from runtime.shard import Span
 
+ROWED = (".weight", ".weight_packed", ".weight_scale")  # tensors with a row for each output of a linear
 INDEX = "model.safetensors.index.json"
 SAMPLE = 64  # bytes of each tensor that count for the digest
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,6 +39,7 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._where: dict[str, Path] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}  # of its first byte in the file, and of the one after its last
         self._stored: dict[str, str] = {}  # names in the files, where they differ
         # Of tensors that lie in another: which slice, the first row of it, and whether its rows are the file's columns.
         self._slices: dict[str, tuple[int, int, bool]] = {}
@@ -65,7 +69,7 @@ class Checkpoint:
             if (new := name_of(old)) != old:
                 self._stored[new] = old
                 self.shapes[new], self.dtypes[new] = self.shapes.pop(old), self.dtypes.pop(old)
-                self._where[new] = self._where.pop(old)
+                self._where[new], self._offsets[new] = self._where.pop(old), self._offsets.pop(old)
 
     def stored_name(self, name: str) -> str:
         """What a tensor is called in the files; one that lies in another has its own name only here."""
@@ -81,8 +85,12 @@ class Checkpoint:
         rows = height // len(parts[0])
         dtype, path, stored = self.dtypes.pop(name), self._where.pop(name), self._stored.pop(name, name)
         del self.shapes[name]
+        first, last = self._offsets.pop(name)
+        each = (last - first) // len(parts)
         for index, names in enumerate(parts):
             for place, part in enumerate(names):
+                begin, size = first + index * each, each // len(names)
+                self._offsets[part] = (begin, begin + each) if turned else (begin + place * size, begin + (place + 1) * size)
                 self.shapes[part], self.dtypes[part], self._where[part] = (rows, width), dtype, path
                 self._stored[part], self._slices[part] = stored, (index, place * rows, turned)
 
@@ -139,6 +147,30 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{name} cannot be read from {path}: {error}; {AGAIN}") from error
 
+    def extents(self, parts: Iterable[tuple[str, Span]]) -> list[Extent]:
+        """Where the tensors of these modules lie, in order; of weights with a row for each output, where those rows do.
+
+        parts: modules by path, and which of their outputs.
+        """
+        found = []
+        for path, rows in parts:
+            for name in self._modules.get(path, ()):
+                first, last = self._offsets[name]
+                turned = name in self._slices and self._slices[name][2]
+                if name.endswith(ROWED) and len(self.shapes[name]) == 2 and not turned:
+                    each = (last - first) // self.shapes[name][0]
+                    first, last = first + each * rows.start, first + each * rows.stop
+                found.append(Extent(self._where[name], first, last))
+        return sorted(found)
+
+    @cached_property
+    def _modules(self) -> dict[str, list[str]]:
+        """The names of the tensors of each module, by its path."""
+        found: dict[str, list[str]] = {}
+        for name in self.shapes:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
+
     def close(self) -> None:
         self._stack.close()
         self._open.clear()
@@ -190,6 +222,7 @@ class Checkpoint:
                     self.shapes[name] = tuple(about["shape"])
                     self.dtypes[name] = about["dtype"]
                     first, last = about["data_offsets"]
+                    self._offsets[name] = 8 + length + first, 8 + length + last
                     file.seek(8 + length + (first + last) // 2)
                     self._digest.update(file.read(min(SAMPLE, last - (first + last) // 2)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -26,6 +26,7 @@ from runtime.kv_cache import CacheShape, KVCache
 from runtime.layout import lay_out
 from runtime.loader import Loader, OnPart
 from runtime.pointwise import steady
+from runtime.products import Products
 from runtime.quantize.schemes import Scheme, read_schemes
 from runtime.rope import longest
 from runtime.sequence import GREEDY_BELOW
@@ -132,7 +133,8 @@ def load_model(
         vocab_size = module.get_output_embeddings().out_features
         kernels = select(device) if reproducible else loosened(select(device))
         belt = Belt(device) if visiting else None
-        loader = Loader(module, config, checkpoint, kernels, dtype, device, comm, schemes, belt)
+        products = Products(module, config, checkpoint, kernels, dtype, device, schemes, belt)
+        loader = Loader(module, products, comm)
         held = loader.fill(layout, tied, on_part)
     finally:
         checkpoint.close()

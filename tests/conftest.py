@@ -27,6 +27,12 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read and packed sixteen rows at a time, as they are in more pieces than one where they are large."""
+    monkeypatch.setattr("runtime.products.PIECE", 1)
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tests of small tensors, while other tests want the cores too."""
     import torch

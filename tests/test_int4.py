@@ -1,5 +1,6 @@
 """Four- and eight-bit weights and their products: exact integers, the float32 that follows, and slices that commute."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from runtime import kernels
 from runtime.kernels import reference
+from runtime.kernels.packed import PackedInt4, PackedInt8
 from runtime.quantize import int4, int8
 from runtime.quantize.int4 import Int4Weight
 from runtime.quantize.int8 import Int8Weight
@@ -233,6 +235,21 @@ def test_shards_make_the_whole_product(module: ModuleType, seed: int) -> None:
         for a, b in ((0, 3), (3, 8))
     ]
     torch.testing.assert_close(parts[0] + parts[1], whole)
+
+
+def test_packed_pieces_are_joined(module: ModuleType, seed: int) -> None:
+    """Also where only some have zero points, or scales that need 32 bits."""
+    torch.manual_seed(seed)
+    pieces = [int4.quantize(torch.randn(rows, 128), 32, symmetric) for rows, symmetric in ((32, True), (16, False), (5, True))]
+    pieces[2] = dataclasses.replace(pieces[2], scale=pieces[2].scale * 1.001)
+    whole = module.pack_int4(int4.merge(pieces), "int8")
+    joined = PackedInt4.join([module.pack_int4(piece, "int8") for piece in pieces], 53)
+    assert (joined.out_features, joined.nbytes) == (53, whole.nbytes)
+    x, w = torch.randn(5, 128), torch.randn(53, 40)
+    assert torch.equal(module.int4_linear(x, joined), module.int4_linear(x, whole))
+    eights = [int8.quantize(rows) for rows in w.split([32, 21])]
+    both = PackedInt8.join([module.pack_int8(eight) for eight in eights])
+    assert torch.equal(module.int8_linear(x[:, :40], both), module.int8_linear(x[:, :40], module.pack_int8(int8.quantize(w))))
 
 
 @pytest.mark.parametrize("activations", ["int8", "16bit"])

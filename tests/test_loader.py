@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from test_stored import WIDE, held, whole
 from tiny_models import config_of, make, on_ranks, prompts, ragged, run, save
 
 from runtime import checkpoint as checkpoint_module
+from runtime import read_ahead
 from runtime.checkpoint import INDEX, Checkpoint, ModelError
 from runtime.comm import Solo
 from runtime.model import load_model
 from runtime.quantize.int4 import quantize
+from runtime.read_ahead import Extent, ReadAhead
 from runtime.shard import CannotShard, Span
 
 
@@ -78,7 +81,7 @@ def test_a_rank_reads_only_its_slices(seed: int, tmp_path: Path, monkeypatch: py
         assert all(count < 0.3 * model.num_parameters() for count in read.values())
 
 
-@pytest.mark.usefixtures("unfused", "one_thread")
+@pytest.mark.usefixtures("unfused", "one_thread", "small_pieces")
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_sharding_and_quantising_commute(size: int, seed: int, tmp_path: Path) -> None:
     """What any number of ranks holds, unequal parts included, is the whole weight rounded as one."""
@@ -93,6 +96,49 @@ def test_sharding_and_quantising_commute(size: int, seed: int, tmp_path: Path) -
         weight = model.get_submodule(path).weight.data
         wanted = quantize(weight, 32, symmetric).dequantize() if "layers" in path else weight.float()
         assert torch.equal(whole([rank[path] for rank in ranks], wanted), wanted), path
+
+
+@pytest.mark.parametrize("changes", [{"quantization": "none"}, {"quantization": "int4", "group_size": 32, "lm_head": "int8"}])
+def test_pieces_make_the_whole(changes: dict[str, Any], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    save(make("qwen2", seed, torch.float16), tmp_path)
+    sequences, config = prompts(rng), config_of(tmp_path, **changes)
+    batches, size = ragged(sequences, rng, 9), rng.choice([1, 3])
+    whole = on_ranks(size, lambda comm: run(load_model(config, comm), batches, len(sequences)))
+    monkeypatch.setattr("runtime.products.PIECE", 64 * rng.choice([16, 32, 48]))
+    pieces = on_ranks(size, lambda comm: run(load_model(config, comm), batches, len(sequences)))
+    for ours, theirs in zip(pieces, whole, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_is_read_ahead_is_what_is_read(seed: int, tmp_path: Path) -> None:
+    """The bytes of each extent, in the files, are those of the tensors or of the rows that were named."""
+    model = make("qwen2", seed)
+    save(model, tmp_path, sharded=True)
+    found, span, path = Checkpoint(tmp_path), Span(3, 40), "model.layers.1.mlp.up_proj"
+    weight, query = model.get_submodule(path).weight.data, model.get_submodule("model.layers.0.self_attn.q_proj")
+    (extent,) = found.extents([(path, span)])
+    assert extent.path.read_bytes()[extent.start : extent.stop] == weight[3:40].numpy().tobytes()
+    extents = found.extents([("model.layers.0.self_attn.q_proj", Span(0, 128)), ("nowhere", span)])
+    assert extents == sorted(extents)
+    assert {x.path.read_bytes()[x.start : x.stop] for x in extents} == {
+        parameter.detach().numpy().tobytes() for parameter in (query.weight, query.bias)
+    }
+
+
+def test_steps_are_asked_for_before_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "AHEAD", 100)
+    asked: list[int] = []
+    monkeypatch.setattr(ReadAhead, "_ask", lambda self, extent: asked.append(extent.start))
+    path = tmp_path / "file"
+    path.touch()
+    steps = [[Extent(path, 40 * i, 40 * i + 20), Extent(path, 40 * i + 20, 40 * i + 40)] for i in range(6)]
+    for begun in range(6):
+        asked.clear()
+        with ReadAhead(steps) as ahead:
+            for step in range(begun + 1):
+                ahead.begin(step)
+        assert sorted(asked) == list(range(0, 40 * min(6, begun + 3), 20))  # this step, and 100 bytes or a little more
 
 
 def test_dtypes(seed: int, tmp_path: Path) -> None:

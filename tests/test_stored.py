@@ -71,6 +71,7 @@ def whole(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts, dim=0 if rows else 1)
 
 
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize(("bits", "layout", "symmetric", "shuffled"), KINDS)
 def test_weights_are_those_of_the_reference(

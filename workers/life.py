@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from configs import exits
 from configs.schema import RunConfig
+from runtime.checkpoint import ModelError
 from runtime.comm import PeerLost
 from runtime.grammar import GrammarError
-from runtime.loader import ModelError
 from runtime.messages import BadMessage, Failure
 from runtime.shard import CannotShard
 from runtime.shared_memory import SharedMemoryError

@@ -57,6 +57,8 @@ class Int4Weight:
 
 def merge(weights: Sequence[Int4Weight]) -> Int4Weight:
     """Weights of the same inputs and group size, laid one under the other."""
+    if len(weights) == 1:
+        return weights[0]
     return Int4Weight(
         torch.cat([weight.codes for weight in weights]),
         torch.cat([weight.scale for weight in weights]),

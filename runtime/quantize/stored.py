@@ -162,7 +162,7 @@ def _words(span: Span, bits: int) -> Span:
 
 def _unpack(words: Tensor, span: Span, bits: int, places: list[int] | None = None) -> Tensor:
     """Words [A, B] int32 -> the codes of `span`, uint8 [A, span]; places: where in a word of eight the codes 0..7 lie."""
-    codes = words.contiguous().view(torch.uint8)
+    codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # a single column may be contiguous as it is
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).view(len(words), -1)
     if places is not None:

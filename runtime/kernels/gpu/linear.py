@@ -190,6 +190,7 @@ def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
         in_features=inputs,
         group_size=weight.group_size,
         activations=activations,
+        axis=1,
     )
 
 
