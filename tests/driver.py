@@ -44,7 +44,7 @@ def load_alone(config: ModelConfig, device: torch.device, *more: Any) -> Model:
     return load_model(config, Solo(), device, *more)
 
 
-def load_once(config: ModelConfig, comm: Communicator, device: torch.device, *more: Any, on_part: object) -> Model:
+def load_once(config: ModelConfig, comm: Communicator, device: torch.device, *more: Any, on_part: object = None) -> Model:
     assert comm.size == 1
     return load_alone(config, device, *more)
 
