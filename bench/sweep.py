@@ -53,9 +53,10 @@ def play(
         stands = rng.random((batch, WIDTH)) < np.array([0.0, *rates])[source][:, None]
         stood = np.minimum(drafts, np.cumprod(stands, axis=1).sum(1))
         asked = np.where(allowed.any(1), source, -1).astype(np.int32)
-        true = seconds(batch + int(drafts.sum()), knee)
+        rows = batch + int(drafts.sum())
+        true = seconds(rows, knee)
         told = true * math.exp(0.06 * rng.standard_normal()) * (1.5 if rng.random() < 0.03 else 1.0)
-        effort = Effort(told, 0.0, batch + int(drafts.sum()))
+        effort = Effort(told, 0.0, rows)
         slots, none = np.arange(batch, dtype=np.int32), np.zeros(0, np.int32)
         decision = Decision(slots, drafts.astype(np.int32), (stood + 1).astype(np.int32), none)
         tuner.observe(decision, asked, effort, dict(enumerate(sequences)))

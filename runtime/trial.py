@@ -44,11 +44,11 @@ class Trial:
         far = min(FAR, self.longest - 1 - self.most // self.seqs, (self.cache.num_blocks - 1) * self.cache.block_size)
         contexts = [NEAR, far] if far > 2 * NEAR else [max(0, min(NEAR, far))]
         taken: dict[tuple[int, int], float] = {}
-        tokens = max(rows for rows in ROWS if rows <= self.most)
-        self._time(self._round, tokens, contexts[-1])  # whatever happens on first use: memory is given out, for one thing
+        sizes = [rows for rows in ROWS if rows <= self.most]
+        self._time(self._round, max(sizes), contexts[-1])  # whatever happens on first use: memory is given out, for one thing
         spent = 0.0
         for turn in range(PASSES):
-            for rows in [rows for rows in ROWS if rows <= self.most]:
+            for rows in sizes:
                 if turn and (rows, contexts[0]) not in taken:
                     continue
                 if spent > SECONDS * (turn + 1) / PASSES and len(taken) >= LEAST * len(contexts):

@@ -153,19 +153,22 @@ def _merge(scores, ids, best_scores, best_ids, first, tiles, WIDTH: tl.constexpr
     tl.store(best_ids + row, tl.where(failed, 0, winner).to(tl.int64) + first)
 
 
+def in_tiles(logits: Tensor, tile: int) -> tuple[Tensor, int, int]:
+    """Logits with a row's tokens side by side, how many rows there are, and how many tiles of so many tokens each has."""
+    rows, vocab = logits.shape
+    return logits if logits.stride(1) == 1 else logits.contiguous(), rows, triton.cdiv(vocab, tile)
+
+
 def best_tokens(
     logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first: int, cuts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_best(logits, temperatures, seeds, positions, cuts)
-    rows, vocab = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    tiles = triton.cdiv(vocab, TILE)
+    logits, rows, tiles = in_tiles(logits, TILE)
     scores, ids = logits.new_empty(rows, tiles, dtype=torch.float32), logits.new_empty(rows, tiles, dtype=torch.int32)
     if rows:
         _tiles[(rows, tiles)](
             logits, temperatures.contiguous(), seeds.contiguous(), positions.contiguous(), cuts, scores, ids,
-            logits.stride(0), first, VOCAB=vocab, TILE=TILE, enable_fp_fusion=False,
+            logits.stride(0), first, VOCAB=logits.shape[1], TILE=TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return merge_tiles(scores, ids, first)
 
@@ -186,14 +189,12 @@ def candidates(logits: Tensor, temperatures: Tensor, count: int, first: int) -> 
 
 def listed(logits: Tensor, temperatures: Tensor, count: int, first: int, tile: int) -> Tensor:
     """`candidates` from lists of `tile` tokens, a power of two."""
-    rows, vocab = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    tiles, kept = triton.cdiv(vocab, tile), min(count, tile)
+    logits, rows, tiles = in_tiles(logits, tile)
+    kept = min(count, tile)
     keys = logits.new_empty(rows, tiles * kept, dtype=torch.int64)
     if rows:
         _lists[(rows, tiles)](
-            logits, temperatures.contiguous(), keys, logits.stride(0), first, VOCAB=vocab, TILE=tile, KEPT=kept,
+            logits, temperatures.contiguous(), keys, logits.stride(0), first, VOCAB=logits.shape[1], TILE=tile, KEPT=kept,
             enable_fp_fusion=False,
         )  # fmt: skip
     return best_keys(keys, count)
@@ -201,14 +202,12 @@ def listed(logits: Tensor, temperatures: Tensor, count: int, first: int, tile: i
 
 def masses(logits: Tensor, temperatures: Tensor) -> Tensor:
     check_candidates(logits, temperatures)
-    rows, vocab = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    tiles = triton.cdiv(vocab, TILE)
+    logits, rows, tiles = in_tiles(logits, TILE)
     tops, sums = logits.new_empty(rows, tiles, dtype=torch.float32), logits.new_empty(rows, tiles, dtype=torch.float64)
     if rows:
         _sums[(rows, tiles)](
-            logits, temperatures.contiguous(), tops, sums, logits.stride(0), VOCAB=vocab, TILE=TILE, enable_fp_fusion=False
+            logits, temperatures.contiguous(), tops, sums, logits.stride(0), VOCAB=logits.shape[1], TILE=TILE,
+            enable_fp_fusion=False,
         )  # fmt: skip
     top = tops.amax(1, keepdim=True).double()
     finite = top.isfinite()
