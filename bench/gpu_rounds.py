@@ -52,7 +52,7 @@ class RandomDrafts:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def settle(self, rows: list[Running | None], count: int) -> None:
+    def settle(self, rows: list[Running | None], count: int, ready: set[int]) -> None:
         pass
 
     def propose(self, view: View, count: int) -> tuple[Tensor, Tensor]:

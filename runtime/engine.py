@@ -94,7 +94,7 @@ class Engine:
         """Runs up to `count` rounds within the group; ends early when no sequence has work left. Raises what rounds raise."""
         while count:
             if self._resident is not None and self._resident.fits(self.sequences.values()):
-                made = self._on_device(self._resident, min(count, self._resident.ahead))
+                made = self._on_device(self._resident, count)
             else:
                 made = self._on_host()
             for decision, logprobs, sources, rows in made:
@@ -114,8 +114,9 @@ class Engine:
     def _on_device(self, resident: Resident, count: int) -> Iterator[Made]:
         with self.clock.part("draft"):
             resident.begin(self.sequences.values(), count)
+        launched = min(count, resident.ahead)
         with self.clock.part("forward"):
-            for _ in range(count):
+            for _ in range(launched):
                 resident.launch()
         decisions = resident.decisions()
         for _ in range(count):
@@ -123,8 +124,15 @@ class Engine:
                 decision, sources = next(decisions)
             for slot, tokens in zip(decision.slots.tolist(), decision.each(), strict=True):
                 self.sequences[slot].commit(tokens)
+            stuck = resident.stuck(self.sequences.values())
+            if launched < count and not stuck:
+                launched += 1
+                with self.clock.part("draft"):
+                    resident.again()
+                with self.clock.part("forward"):
+                    resident.launch()
             yield decision, None, sources, resident.rows
-            if resident.stuck(self.sequences.values()):
+            if stuck:
                 return
 
     def draft(self) -> Round:

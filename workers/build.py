@@ -25,7 +25,7 @@ from runtime.drafting.cascade import Cascade
 from runtime.drafting.drafter import Drafter, NgramDrafter, NoDrafter, SuffixDrafter
 from runtime.drafting.either import Either
 from runtime.drafting.model import ModelDrafter
-from runtime.drafting.resident import Given, Lookup, Proposer, Replica
+from runtime.drafting.resident import Both, Lookup, Proposer, Recall, Replica
 from runtime.drafting.shared import Shared
 from runtime.engine import Engine
 from runtime.grammar import Grammars
@@ -93,7 +93,7 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     grammars = Grammars(lambda: load_tokenizer(config.verifier.target), verifier.vocab_size, verifier.end_tokens)
     resident: Resident | None = None
     if lives_on(device):
-        proposer = make_proposer(config, own, drafter, inner, device)
+        proposer = make_proposer(config, own, inner, device)
         graphs = Graphs(capture_on(device) if models.capturable else None)
         resident = Resident(
             models.fast, cache, inner, proposer, graphs, own.lookups + own.chains, config.engine.max_num_seqs, longest, budget
@@ -239,7 +239,9 @@ def make_drafter(config: RunConfig, replica: Model | None, num_blocks: int, devi
     shortest, longest = speculation.prompt_lookup_min, speculation.prompt_lookup_max
     if speculation.width == 0:
         return NoDrafter()
-    lookup = (NgramDrafter if speculation.method == "ngram" else SuffixDrafter)(shortest, longest)
+    if speculation.method == "ngram":
+        return NgramDrafter(shortest, longest)
+    lookup = SuffixDrafter(shortest, longest)
     if replica is None:
         return lookup
     held = held_dtype(engine.kv_cache_dtype, replica.dtype)
@@ -254,15 +256,18 @@ def lives_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def make_proposer(
-    config: RunConfig, own: Drafter, shared: Drafter, comm: Communicator, device: torch.device
-) -> Proposer | None:
-    """Who drafts for rounds on the device: on it where that can be, else this rank's drafter and the others'."""
+def make_proposer(config: RunConfig, own: Drafter, comm: Communicator, device: torch.device) -> Proposer | None:
+    """Who drafts for rounds on the device: what does on the host, in its form for the device."""
     speculation = config.speculation
-    if isinstance(own, NoDrafter):
-        return None
+    lookup = Lookup(speculation.prompt_lookup_min, speculation.prompt_lookup_max)
+
+    def recall(drafter: SuffixDrafter) -> Recall:
+        return Recall(drafter, lookup, config.engine.max_num_seqs + comm.size, speculation.width, device)
+
     if isinstance(own, ModelDrafter):
         return Replica(own, comm)
-    if isinstance(own, SuffixDrafter | Either):
-        return Given(shared, config.engine.max_num_seqs + comm.size, speculation.width, device)
-    return Lookup(speculation.prompt_lookup_min, speculation.prompt_lookup_max)
+    if isinstance(own, Either):
+        return Both(recall(own.lookup), Replica(own.chain, comm))
+    if isinstance(own, SuffixDrafter):
+        return recall(own)
+    return None if isinstance(own, NoDrafter) else lookup

@@ -128,6 +128,13 @@ class SuffixDrafter(NgramDrafter):
             drafts.append(Draft(match[0].copy(match[1], work.most(best[2])), best[2]) if best[2] else Draft([], 0))
         return drafts
 
+    def recall(self, context: list[int], count: int) -> tuple[int, list[int]]:
+        """The length of the longest match of a text's last tokens in what the job has finished, and `count` tokens from there
+        on; 0 and none if there is no match."""
+        found = [(index, *index.find(context)) for index in self._generations]
+        index, end, length = max(found, key=lambda place: place[2])
+        return length, index.copy(end, count) if length else []
+
     def release(self, sequence: Sequence) -> None:
         super().release(sequence)
         if len(self._generations[0].tokens) >= self._remembered:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.drafting.drafter import Draft, NgramDrafter
+from runtime.drafting.drafter import Draft, SuffixDrafter
 from runtime.drafting.model import ModelDrafter
 from runtime.scheduler import Work
 from runtime.sequence import Sequence
@@ -16,22 +16,22 @@ class Either:
 
     chains = True
 
-    def __init__(self, lookup: NgramDrafter, chain: ModelDrafter) -> None:
+    def __init__(self, lookup: SuffixDrafter, chain: ModelDrafter) -> None:
         self.lookups = lookup.lookups
         self.chain = chain
-        self._lookup = lookup
+        self.lookup = lookup
 
     def propose(self, works: list[Work]) -> list[Draft]:
-        drafts = self._lookup.propose(works)
+        drafts = self.lookup.propose(works)
         left = [i for i, draft in enumerate(drafts) if not draft.tokens and works[i].most(self.lookups + 1)]
         for i, draft in zip(left, self.chain.propose([works[i] for i in left]), strict=True):
             drafts[i] = draft
         return drafts
 
     def rewind(self, sequence: Sequence) -> None:
-        self._lookup.rewind(sequence)
+        self.lookup.rewind(sequence)
         self.chain.rewind(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        self._lookup.release(sequence)
+        self.lookup.release(sequence)
         self.chain.release(sequence)

@@ -58,10 +58,14 @@ class ModelDrafter:
     def release(self, sequence: Sequence) -> None:
         self._computed.pop(sequence.slot, None)
 
-    def settle(self, sequences: list[Sequence]) -> None:
-        """Computes all committed tokens but the last, for who drafts on the device; what follows there is its own affair."""
+    def settle(self, sequences: list[Sequence], ready: set[int]) -> None:
+        """Computes all committed tokens but the last, for who drafts on the device; what follows there is its own affair.
+
+        ready: slots of sequences for which it has been, ever since.
+        """
         for sequence in sequences:
-            self._compute(sequence, self._start(sequence), sequence.num_committed - 1)
+            if sequence.slot not in ready:
+                self._compute(sequence, self._start(sequence), sequence.num_committed - 1)
             # The last but one may be a draft that stood, which nobody has computed.
             self._computed[sequence.slot] = max(0, sequence.num_committed - 2)
 
