@@ -3,10 +3,10 @@
     python -m bench.gpu_rounds                    # needs CUDA; a model of Qwen3-8B's shape is made first, 16 GB
     python -m bench.gpu_rounds --dry-run          # the demo's model on any machine: does it run at all
 
-Then whole jobs on that model - whose text is the demo model's - in the four cells.
-
-Sequences of random tokens stand at a context that nobody computed: a round costs the same whatever the cache holds. Drafts
-are random too, so that every round checks k of them and decides one token.
+Whole jobs come first, on that model - whose text is the demo model's - in the four cells. Then, for rounds, sequences of random
+tokens stand at a context that nobody computed: a round costs the same whatever the cache holds. Drafts are random too, so that
+every round checks k of them and decides one token. Rounds come in leases, as a rank runs them, and what passes between two
+leases is in their time.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.enlarge import SOURCE, enlarge
-from bench.inprocess import four_cells
-from bench.jobs import ROOT
+from bench.goals import Reached
 from bench.shapes import SHAPES
 from bench.tables import table
 from configs.schema import ModelConfig
@@ -40,8 +40,9 @@ from runtime.sequence import Sampling
 from runtime.sequence import Sequence as Running
 
 BLOCK = 16
-ROUNDS = 12  # of a lease, of which the first are left out
+LEASE, LEASES = 4, 3  # rounds; leases that are timed, after one that isn't
 CONTENDERS = {"int4": "int4", "16-bit": "none"}  # name -> model.quantization
+PROMPTS = Path("configs/demo/prompts.jsonl")
 
 
 class RandomDrafts:
@@ -71,20 +72,22 @@ class Cell:
 
     @property
     def longest(self) -> int:
-        return self.context + (ROUNDS + 4) * (self.drafts + 1)
+        return self.context + (LEASES + 2) * LEASE * (self.drafts + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Of one round: seconds of wall time, those the device had nothing to do, and the bytes it had to read."""
+    """Of one round: seconds of wall time, those the host was busy, the share of time in which the device had nothing to do,
+    and the bytes it had to read."""
 
     seconds: float
+    host: float
     idle: float
     nbytes: int
 
 
 def measure(model: Model, cell: Cell) -> Timing:
-    """The median round of a lease. Raises torch.OutOfMemoryError."""
+    """The mean round of some leases. Raises torch.OutOfMemoryError."""
     rng = random.Random(0)
     blocks = blocks_for(cell.longest, BLOCK)
     cache = KVCache(model.cache_shape, cell.batch * blocks, BLOCK, model.dtype, model.device)
@@ -94,25 +97,51 @@ def measure(model: Model, cell: Cell) -> Timing:
     resident = Resident(model, cache, Solo(), proposer, graphs, 1, cell.batch, cell.longest, budget)
     sequences = [
         Running(
-            index=slot, slot=slot, tokens=[rng.randrange(model.vocab_size) for _ in range(cell.context)],
-            num_prompt=cell.context, limit=cell.longest, ends=frozenset(), sampling=Sampling(seed=slot),
-            num_computed=cell.context - 1, blocks=list(range(slot * blocks, (slot + 1) * blocks)), allowance=[cell.drafts],
+            index=slot, slot=slot, tokens=rng.choices(range(model.vocab_size), k=cell.context), num_prompt=cell.context,
+            limit=cell.longest, ends=frozenset(), sampling=Sampling(seed=slot), num_computed=cell.context - 1,
+            blocks=list(range(slot * blocks, (slot + 1) * blocks)), allowance=[cell.drafts],
         )
         for slot in range(cell.batch)
     ]  # fmt: skip
-    resident.begin(sequences, ROUNDS)
-    for _ in range(3):  # compiled, captured, replayed
-        resident.launch()
-    list(resident.decisions())
+    _lease(resident, sequences)  # compiled, captured, replayed
     start = time.perf_counter()
-    spans = [_timed(resident) for _ in range(ROUNDS - 3)]
-    list(resident.decisions())
-    wall = (time.perf_counter() - start) / len(spans)
+    spans = [span for _ in range(LEASES) for span in _lease(resident, sequences)[1:]]
+    wall = (time.perf_counter() - start) / (LEASES * LEASE)
     on_device = statistics.median(span() for span in spans)
     kv = 2 * model.cache_shape.layers * model.cache_shape.kv_heads * model.cache_shape.head_dim * model.dtype.itemsize
     table: torch.Tensor = model.module.get_input_embeddings().weight  # type: ignore[assignment]
     table_bytes = 0 if model.module.config.tie_word_embeddings else table.nbytes
-    return Timing(wall, max(0.0, 1 - on_device / wall), model.weight_bytes - table_bytes + cell.batch * cell.context * kv)
+    nbytes = model.weight_bytes - table_bytes + cell.batch * cell.context * kv
+    return Timing(wall, _host(resident, sequences), max(0.0, 1 - on_device / wall), nbytes)
+
+
+def _lease(resident: Resident, sequences: list[Running]) -> list[Callable[[], float]]:
+    """Runs a lease of rounds; what it returns tells the seconds the device took for each."""
+    resident.begin(sequences, LEASE)
+    spans = [_timed(resident) for _ in range(LEASE)]
+    _hear(resident, sequences)
+    return spans
+
+
+def _hear(resident: Resident, sequences: list[Running]) -> None:
+    for decision, _ in resident.decisions():
+        for slot, tokens in zip(decision.slots.tolist(), decision.each(), strict=True):
+            sequences[slot].commit(tokens)
+
+
+def _host(resident: Resident, sequences: list[Running]) -> float:
+    """Seconds of a round in which the host is busy, in one more lease, but for waiting; nothing on a CPU, which does it all."""
+    if resident.device.type != "cuda":
+        return 0.0
+    start = time.perf_counter()
+    resident.begin(sequences, LEASE)
+    for _ in range(LEASE):
+        resident.launch()
+    busy = time.perf_counter() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    _hear(resident, sequences)
+    return (busy + time.perf_counter() - start) / LEASE
 
 
 def _timed(resident: Resident) -> Callable[[], float]:
@@ -137,57 +166,90 @@ def cells(dry: bool) -> Iterator[Cell]:
                 yield Cell(batch, k, context)
 
 
-def rounds(directory: Path, device: torch.device, bandwidth: float, dry: bool, until: float) -> str:
-    """The table of all cells: milliseconds of a round in int4 and in 16 bit, and the byte floor of each at `bandwidth`
-    (bytes a second). until: `time.monotonic()` after which no other cell is begun; each contender has its share."""
-    found: dict[Cell, dict[str, Timing]] = {}
-    for number, (name, quantization) in enumerate(CONTENDERS.items()):
-        share = time.monotonic() + (until - time.monotonic()) / (len(CONTENDERS) - number)
-        config = ModelConfig(target=str(directory), quantization=quantization, group_size=32 if dry else 128)
-        model = load_model(config, Solo(), device)
-        for cell in cells(dry):
-            if time.monotonic() > share:
-                print(f"{name}: {cell} and what follows left out, its time is over")
-                break
-            try:
-                took = found.setdefault(cell, {})[name] = measure(model, cell)
-                print(f"{name}, {cell}: {took.seconds * 1e3:.2f} ms", flush=True)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-        del model
-        if device.type == "cuda":
+@dataclass(slots=True)
+class Tables:
+    """What was found: a round's times by cell and contender, and lines of jobs by batch."""
+
+    rounds: dict[Cell, dict[str, Timing]] = field(default_factory=dict)
+    jobs: dict[int, list[list[str]]] = field(default_factory=dict)
+
+    def show(self, bandwidth: float, reached: Reached) -> None:
+        """Prints them, beside the time in which a round's bytes can be read at `bandwidth`, bytes a second."""
+        for batch, lines in self.jobs.items():
+            header = ["cell", "tokens/s", "mean acceptance length", "same output as without drafts"]
+            print(f"\nwhole jobs, batch {batch}\n\n{table(header, lines)}")
+        lines = []
+        for cell, timings in self.rounds.items():
+            line = [str(cell.context), str(cell.batch), str(cell.drafts)]
+            for name in CONTENDERS:
+                timing = timings.get(name)
+                if timing is None:
+                    line += ["-"] * 4  # no room, or no time
+                    continue
+                host = f"{timing.host * 1e6:.0f}" if timing.host else "-"
+                line += [f"{timing.seconds * 1e3:.2f}", f"{timing.nbytes / bandwidth * 1e3:.2f}", f"{timing.idle:.0%}", host]
+            both = [timings[name].seconds for name in CONTENDERS if name in timings]
+            lines.append([*line, f"{both[1] / both[0]:.2f}x" if len(both) == 2 else "-"])
+            if (cell.context, cell.drafts) == (1024, 5):
+                self._judge(cell.batch, timings, reached)
+        columns = [f"{name} {what}" for name in CONTENDERS for what in ("ms", "floor ms", "idle", "host us")]
+        print(f"\nrounds\n\n{table(['context', 'batch', 'k', *columns, '16-bit / int4'], lines)}\n", flush=True)
+
+    def _judge(self, batch: int, timings: dict[str, Timing], reached: Reached) -> None:
+        if "int4" not in timings:
+            return
+        ours = timings["int4"]
+        reached.add("idle", ours.idle)
+        if batch == 1:
+            reached.add("round", ours.seconds * 1e3)
+        if batch in (1, 16) and "16-bit" in timings:
+            reached.add(f"batch {batch}", timings["16-bit"].seconds / ours.seconds)
+
+
+def fill(tables: Tables, name: str, model: Model, settings: dict[str, Any], dry: bool, until: float) -> None:
+    """Jobs and rounds of one contender. until: `time.monotonic()` after which no other round is begun."""
+    try:
+        from bench.inprocess import demo_requests, two_cells
+
+        for batch in [2] if dry else [1, 16]:
+            requests = demo_requests(Path(settings["target"]), PROMPTS, 2 * batch, 16 if dry else 256)
+            tables.jobs[batch] = two_cells(name, model, settings, requests, batch) + tables.jobs.get(batch, [])
+            print(f"{name}, jobs of batch {batch} are done", flush=True)
+    except ModuleNotFoundError as error:
+        print(f"{name}, whole jobs left out: {error.name} isn't installed", flush=True)
+    for cell in cells(dry):
+        if time.monotonic() > until:
+            print(f"{name}: {cell} and what follows left out, its time is over")
+            break
+        try:
+            took = tables.rounds.setdefault(cell, {})[name] = measure(model, cell)
+            print(f"{name}, {cell}: {took.seconds * 1e3:.2f} ms", flush=True)
+        except torch.OutOfMemoryError:
+            print(f"{name}: no room for {cell}")
             torch.cuda.empty_cache()
-    lines = []
-    for cell, timings in found.items():
-        line = [str(cell.context), str(cell.batch), str(cell.drafts)]
-        for name in CONTENDERS:
-            timing = timings.get(name)
-            if timing is None:
-                line += ["-", "-", "-"]  # no room, or no time
-                continue
-            floor = timing.nbytes / bandwidth
-            line += [f"{timing.seconds * 1e3:.2f}", f"{floor * 1e3:.2f}", f"{timing.idle:.0%}"]
-        both = [timings[name].seconds for name in CONTENDERS if name in timings]
-        lines.append([*line, f"{both[1] / both[0]:.2f}x" if len(both) == 2 else "-"])
-    header = ["context", "batch", "k", *(f"{name} {what}" for name in CONTENDERS for what in ("ms", "floor ms", "idle"))]
-    return table([*header, "16-bit / int4"], lines)
 
 
-def report(shape: str, device: torch.device, bandwidth: float, dry: bool, until: float) -> None:
-    """Prints both tables. until: `time.monotonic()` after which no other round is begun, nor a whole job a minute later."""
+def report(shape: str, device: torch.device, bandwidth: float, dry: bool, until: float, reached: Reached) -> None:
+    """Makes the model and prints all tables. until: `time.monotonic()` after which no other round is begun."""
+    tables = Tables()
     with tempfile.TemporaryDirectory() as scratch:
         directory = SOURCE
         if not dry:
             directory = Path(scratch) / "model"
+            start = time.monotonic()
             enlarge(SOURCE, directory, SHAPES[shape])
-        print(rounds(directory, device, bandwidth, dry, until), "\n", flush=True)
-        prompts, group = ROOT / "configs/demo/prompts.jsonl", 32 if dry else 128
-        for batch in [2] if dry else [1, 16]:
-            if time.monotonic() > until + 60:
-                print(f"whole jobs, batch {batch}: left out, the time is over")
-                continue
-            print(f"whole jobs, batch {batch}\n")
-            print(four_cells(directory, prompts, device, batch, 16 if dry else 256, group), "\n", flush=True)
+            print(f"a model of {shape}'s shape, made in {time.monotonic() - start:.0f} seconds", flush=True)
+        for number, (name, quantization) in enumerate(CONTENDERS.items()):
+            share = time.monotonic() + (until - time.monotonic()) / (len(CONTENDERS) - number)
+            settings = {"target": str(directory), "quantization": quantization, "group_size": 32 if dry else 128}
+            start = time.monotonic()
+            model = load_model(ModelConfig.model_validate(settings), Solo(), device)
+            print(f"{name}: loaded in {time.monotonic() - start:.0f} seconds", flush=True)
+            fill(tables, name, model, settings, dry, share)
+            del model
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    tables.show(bandwidth, reached)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bandwidth", type=float, default=4.0e12, help="bytes a second that the device reads, for the floor")
     options = parser.parse_args(arguments)
     device = torch.device("cpu" if options.dry_run else "cuda")
-    report(options.shape, device, options.bandwidth, options.dry_run, time.monotonic() + 480)
+    reached = Reached()
+    report(options.shape, device, options.bandwidth, options.dry_run, time.monotonic() + 480, reached)
+    print(reached.table())
     return 0
 
 

@@ -16,16 +16,15 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer
 
-from bench.tables import table
 from configs.schema import RunConfig
 from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Send, Submit
 from runtime.group import Limits
 from runtime.messages import Message, Plan
+from runtime.model import Model
 from runtime.request import Request, SamplingParams
 from workers.build import Place, build
+from workers.models import Models
 from workers.rank import Rank
-
-CELLS = [(quantization, method) for quantization in ("none", "int4") for method in ("none", "ngram")]
 
 
 class Mailbox:
@@ -47,9 +46,10 @@ class Numbers:
     outputs: dict[int, tuple[int, ...]]
 
 
-def run(config: RunConfig, requests: Iterable[Request]) -> Numbers:
-    """Loads, runs all requests, and gives the numbers of the time after loading."""
-    engine, hello = build(config, Place(0, 0, [(0,)], 0, 1, True, "inprocess"))
+def run(config: RunConfig, requests: Iterable[Request], model: Model) -> Numbers:
+    """Runs all requests on a model that is loaded."""
+    place = Place(0, 0, [(0,)], 0, 1, True, "inprocess")
+    engine, hello = build(config, place, lambda *_, **__: Models(model, None, None))
     mailbox = Mailbox()
     rank = Rank(0, True, "group", engine, cast(Any, mailbox))
     machine = Coordinator(groups=[(0,)], limits=Limits.of(config), decode=lambda tokens: "")
@@ -85,23 +85,20 @@ def demo_requests(model: Path, prompts: Path, count: int, new_tokens: int) -> li
     return [Request(index, tuple(tokenizer(text).input_ids), params) for index, text in enumerate(texts)]
 
 
-def four_cells(model: Path, prompts: Path, device: torch.device, batch: int, new_tokens: int, group_size: int) -> str:
-    """The table of 16 bit and int4, with n-gram drafts and without."""
-    requests = demo_requests(model, prompts, 2 * batch, new_tokens)
-    lines = []
+def two_cells(name: str, model: Model, settings: dict[str, Any], requests: list[Request], batch: int) -> list[list[str]]:
+    """Of a model, without drafts and with n-gram drafts: its name, tokens/s, acceptance length, outputs that are the same as
+    without drafts. settings: of `RunConfig.model`."""
+    lines: list[list[str]] = []
     plain: dict[int, tuple[int, ...]] = {}
-    for quantization, method in CELLS:
+    for method in ("none", "ngram"):
         config = RunConfig.model_validate({
-            "model": {"target": str(model), "quantization": quantization, "group_size": group_size},
+            "model": settings,
             "speculation": {"method": method, "num_speculative_tokens": 5},
-            "engine": {"device": device.type, "max_num_seqs": batch, "max_model_len": 1024},
+            "engine": {"device": model.device.type, "max_num_seqs": batch, "threads": torch.get_num_threads()},
         })  # fmt: skip
-        numbers = run(config, requests)
-        plain = numbers.outputs if method == "none" else plain
+        numbers = run(config, requests, model)
+        plain = plain or numbers.outputs
         same = sum(numbers.outputs[index] == tokens for index, tokens in plain.items())
-        name = ("16-bit" if quantization == "none" else "int4") + (" + ngram" if method == "ngram" else "")
-        rate = f"{numbers.tokens_per_second:.0f}"
-        lines.append([name, rate, f"{numbers.mean_acceptance_length:.2f}", f"{same} of {len(requests)}"])
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return table(["cell", "tokens/s", "mean acceptance length", "same output as without drafts"], lines)
+        rate, accepted = f"{numbers.tokens_per_second:.0f}", f"{numbers.mean_acceptance_length:.2f}"
+        lines.append([name + " + ngram" * (method == "ngram"), rate, accepted, f"{same} of {len(requests)}"])
+    return lines

@@ -9,9 +9,12 @@ from typing import TextIO
 
 
 def attempt(what: str, part: Callable[[], None]) -> bool:
-    """Runs a part; one that fails says so and takes none of the others along."""
+    """Runs a part; one that fails, or lacks a package, says so and takes none of the others along."""
     try:
         part()
+    except ModuleNotFoundError as error:
+        print(f"\n{what} left out: {error.name} isn't installed", flush=True)
+        return False
     except Exception:
         print(f"\n{what} failed:\n{traceback.format_exc()}", flush=True)
         return False

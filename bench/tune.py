@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import SHAPES, microseconds, weight_of
+from bench.gpu_kernels import SHAPES, microseconds, weight_of
 from runtime.kernels import gpu
 from runtime.kernels.gpu import dense
 from runtime.kernels.gpu.attention import attend

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
@@ -42,7 +43,7 @@ from runtime.torch_group import TorchGroup
 from runtime.trial import Trial
 from workers.memory import free_memory
 from workers.metered import Metered
-from workers.models import BuildRefused, load_models
+from workers.models import BuildRefused, Models, load_models
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,11 @@ class Place:
         return self.groups[self.group]
 
 
-def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
-    """This rank's engine and what it tells the coordinator. Raises BuildRefused, ModelError, CannotShard, PeerLost."""
+def build(config: RunConfig, place: Place, load: Callable[..., Models] = load_models) -> tuple[Engine, Hello]:
+    """This rank's engine and what it tells the coordinator. load: gives the models, as `load_models` does.
+
+    Raises BuildRefused, ModelError, CannotShard, PeerLost.
+    """
     device = choose_device(config.engine.device, place)
     if config.engine.threads is not None or device.type == "cpu":
         torch.set_num_threads(config.engine.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
@@ -79,7 +83,7 @@ def build(config: RunConfig, place: Place) -> tuple[Engine, Hello]:
     comm = Metered(connected, clock)
     # What the ranks exchange while the int4 model writes a window is time spent drafting.
     inner: Communicator = connected if config.certified else comm
-    models = load_models(config, comm, inner, device, aloud=place.rank == 0)
+    models = load(config, comm, inner, device, aloud=place.rank == 0)
     verifier = models.verifier
     longest = verifier.max_model_len
     if isinstance(connected, SharedMemory):
