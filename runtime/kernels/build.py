@@ -77,7 +77,7 @@ def _sources() -> str:
 
 
 def _flags() -> list[str]:
-    return ["-O3", f"-march={architecture()}", "-ffp-contract=off", "-fopenmp", "-Wno-psabi", "-DNDEBUG"]
+    return ["-std=c++20", "-O3", f"-march={architecture()}", "-ffp-contract=off", "-fopenmp", "-Wno-psabi", "-DNDEBUG"]
 
 
 @contextmanager
