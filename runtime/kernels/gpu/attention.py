@@ -55,7 +55,7 @@ def _piece(
     d = tl.arange(0, TILE_D)
     WIDTH: tl.constexpr = DIM if FORM == "same" else DIM + 4
     # A matrix product adds up the weights: the order of a plain sum would follow from how a tile lies in its threads.
-    ones = tl.full((STEP, 16), 1.0, q.dtype)
+    ones = tl.full((STEP, 16), 1.0, tl.float32).to(q.dtype)
     top = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE, 16), tl.float32)
     out = tl.zeros((TILE, TILE_D), tl.float32)
