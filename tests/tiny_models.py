@@ -114,7 +114,7 @@ def ragged(sequences: list[list[int]], rng: random.Random, largest: int) -> list
     free = rng.sample(range(BLOCKS), BLOCKS)
     blocks = [[free.pop() for _ in range(-(-len(tokens) // BLOCK))] for tokens in sequences]
     done = [0] * len(sequences)
-    batches = []
+    batches: list[list[tuple[int, Piece]]] = []
     while True:
         left = [i for i, tokens in enumerate(sequences) if done[i] < len(tokens)]
         if not left:
