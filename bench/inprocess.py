@@ -17,7 +17,8 @@ import torch
 from transformers import AutoTokenizer
 
 from configs.schema import RunConfig
-from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Send, Submit
+from runtime.coordinator import Coordinator
+from runtime.events import Finished, NoMoreRequests, Send, Submit
 from runtime.group import Limits
 from runtime.messages import Message, Plan
 from runtime.model import Model

@@ -24,7 +24,8 @@ from launcher.progress import Progress
 from launcher.results import Writer, error_row
 from launcher.summary import PARTS, Summary, SummaryError
 from launcher.vocabulary import Vocabulary
-from runtime.coordinator import Coordinator, Finished, Refused
+from runtime.coordinator import Coordinator
+from runtime.events import Finished, Refused
 from runtime.group import Limits
 from runtime.messages import Failure, Stop
 from runtime.request import Request, SpeculationStats

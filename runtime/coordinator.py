@@ -16,63 +16,15 @@ from runtime.acceptance import Acceptance, Counts
 from runtime.blocks import BlockPool
 from runtime.costs import Effort, RoundCosts, slowest
 from runtime.detokenizer import Decode, Stopped, StopWatch
+from runtime.events import Action, Event, Finished, NoMoreRequests, Refused, Send, Silent, Submit
 from runtime.group import Group, Limits
 from runtime.logprobs import Logprobs
-from runtime.messages import Failure, Farewell, Hello, Message, Report, Stop, Verdict
-from runtime.request import Completion, Request, SpeculationStats
+from runtime.messages import Failure, Farewell, Hello, Report, Stop, Verdict
+from runtime.request import Request, SpeculationStats
 from runtime.sequence import Sampling, Sequence
 from runtime.track import Track
 from runtime.tuner import Tuner
 from runtime.verify import Decision, Ints, NotANumber, decide, merge
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Event: a request to run."""
-
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class NoMoreRequests:
-    """Event: the input has been read to its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Silent:
-    """Event: nothing was heard of this rank for longer than the limit."""
-
-    rank: int
-    seconds: float
-
-
-Event = Submit | NoMoreRequests | Silent | Hello | Verdict | Report | Failure | Farewell
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Action: send the message to these ranks."""
-
-    ranks: tuple[int, ...]
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Action: make this completion last."""
-
-    completion: Completion
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Action: this request cannot be run here, for this reason; the others go on."""
-
-    index: int
-    reason: str
-
-
-Action = Send | Finished | Refused
 
 
 @dataclass(slots=True)

@@ -15,7 +15,8 @@ import torch
 from configs.load import load
 from configs.schema import ModelConfig, RunConfig
 from runtime.comm import Communicator, Solo
-from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Refused, Send, Submit
+from runtime.coordinator import Coordinator
+from runtime.events import Finished, NoMoreRequests, Refused, Send, Submit
 from runtime.group import Limits
 from runtime.messages import Hello, Message, Plan, Stop, decode, encode
 from runtime.model import Model, load_model

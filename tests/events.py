@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.coordinator import Action, Coordinator, Finished, Send
+from runtime.coordinator import Coordinator
+from runtime.events import Action, Finished, Send
 from runtime.group import Limits
 from runtime.messages import Hello, Plan, Report, Verdict
 from runtime.request import Request, SamplingParams

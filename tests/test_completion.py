@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.coordinator import Finished, NoMoreRequests, Submit
+from runtime.events import Finished, NoMoreRequests, Submit
 from runtime.verify import Decision
 from tests.events import END, decided, ints, ready, reports, request, tell, text_of
 

@@ -16,7 +16,8 @@ from launcher.coordinate import Job, fingerprint, system_fingerprint
 from launcher.defaults import Defaults
 from launcher.encoder import copy_seed
 from launcher.journal import Journal
-from runtime.coordinator import Coordinator, Finished, Refused
+from runtime.coordinator import Coordinator
+from runtime.events import Finished, Refused
 from runtime.messages import Farewell, Hello, Message
 from runtime.request import Completion, Request, SpeculationStats
 from runtime.tokenizer import load_tokenizer

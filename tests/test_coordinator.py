@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import exits
-from runtime.coordinator import Action, Finished, NoMoreRequests, Refused, Send, Silent, Submit
+from runtime.events import Action, Finished, NoMoreRequests, Refused, Send, Silent, Submit
 from runtime.messages import Admission, Failure, Farewell, Plan, Stop, Verdict
 from runtime.request import Request
 from runtime.sequence import Sampling

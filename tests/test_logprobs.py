@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime.batch import Batch, Piece
-from runtime.coordinator import Finished, Submit
+from runtime.events import Finished, Submit
 from runtime.kv_cache import KVCache
 from runtime.logprobs import Logprobs
 from runtime.request import Request, SamplingParams, TokenLogprob

@@ -9,8 +9,9 @@ from functools import partial
 
 import pytest
 
-from runtime.coordinator import Coordinator, Finished, NoMoreRequests, Refused, Send, Submit
+from runtime.coordinator import Coordinator
 from runtime.costs import Costs
+from runtime.events import Finished, NoMoreRequests, Refused, Send, Submit
 from runtime.group import Limits
 from runtime.messages import Hello, Message, Plan, Stop, decode, encode
 from runtime.request import Completion, Request, SamplingParams, TokenLogprob

@@ -8,7 +8,8 @@ from typing import Any
 
 from configs import exits
 from configs.schema import CoordinationConfig
-from runtime.coordinator import Coordinator, Event, NoMoreRequests, Send, Silent, Submit
+from runtime.coordinator import Coordinator
+from runtime.events import Event, NoMoreRequests, Send, Silent, Submit
 from runtime.messages import Alive, BadMessage, Failure, Farewell, Hello, Report, Verdict
 from runtime.request import Request
 from workers.transport import Server
