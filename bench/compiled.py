@@ -2,8 +2,8 @@
 
     python -m bench.compiled            # needs triton, whose package brings NVIDIA's assembler
 
-Registers and spills are a thread's, as `cuobjdump -res-usage` reads them; shared memory is a program's. Times need a card.
-The exit code is 1 if anything spills.
+Registers and spills are a thread's, as `cuobjdump -res-usage` reads them; shared memory is a program's. How many programs a
+processor of the card holds at once follows from these and the warps. Times need a card. The exit code is 1 if anything spills.
 """
 
 import re
@@ -23,6 +23,7 @@ from runtime.kernels.gpu import attention, cache, dense, gates, layer, linear, s
 from runtime.kernels.gpu.table import FOLDER, parse
 
 TABLES = {80: parse((FOLDER / "default.json").read_text()), 90: parse((FOLDER / "sm-90.json").read_text())}
+SHARED = {80: 164 << 10, 90: 228 << 10}  # bytes of a processor
 EVEN = {"outputs", "inputs", "width", "stride", "stride_t", "stride_h", "more", "turn"}  # multiples of 16 in every model tested
 
 
@@ -41,7 +42,8 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], capabil
 
 
 def facts(made: Any) -> list[str]:
-    """Registers, bytes of stack (spills), bytes of shared memory, and the matrix instructions that occur."""
+    """Registers, bytes of stack (spills), bytes of shared memory, programs that a processor of the card holds at once, and the
+    matrix instructions that occur."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -50,7 +52,11 @@ def facts(made: Any) -> list[str]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     registers, stack = found.groups() if found else ("?", "?")
     instructions = sorted(set(re.findall(r"(mma\.sync|wgmma)\.[.\w]*?(m\d+n\d+k\d+)", made.asm["ptx"])))
-    return [registers, stack, str(made.metadata.shared), ", ".join(" ".join(i) for i in instructions) or "-"]
+    shared, warps = made.metadata.shared, made.metadata.num_warps
+    room = [64 // warps, SHARED[made.metadata.target.arch] // (shared + 1024)]  # a program's own kilobyte among it
+    if found:
+        room.append(65536 // (-(-int(registers) // 8) * 8 * 32 * warps))
+    return [registers, stack, str(shared), str(min(room)), ", ".join(" ".join(i) for i in instructions) or "-"]
 
 
 def product(
@@ -179,7 +185,8 @@ def main() -> int:
         lines += [attend(capability, rows, True, form) for rows in (16, 32) for form in ("int8", "fp8")]
         lines += others(capability)
         print(f"**sm_{capability}**\n")
-        print(table(["kernel", "warps", "registers", "spilled bytes", "shared bytes", "matrix instructions"], lines) + "\n")
+        header = ["kernel", "warps", "registers", "spilled bytes", "shared bytes", "at once", "matrix instructions"]
+        print(table(header, lines) + "\n")
         spilled += [line[0] for line in lines if line[3] != "0"]
     print("nothing spills" if not spilled else f"spills: {'; '.join(spilled)}")
     return int(bool(spilled))

@@ -56,8 +56,8 @@ def _dense(
     x, weight, x_scale, scale, out, rows, outputs, inputs, stride, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
     PIECE: tl.constexpr, TILE_N: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     here, there = n < outputs, m < rows
     begin, end = tl.program_id(2) * PIECE, inputs
     if SPLIT:
@@ -74,8 +74,8 @@ def _head(
     WHOLE: tl.constexpr, DTYPE: tl.constexpr, PIECE: tl.constexpr, TILE_N: tl.constexpr, TILE_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     here, there = n < outputs, m < rows
     begin = tl.program_id(2) * PIECE  # 0, and known to be aligned
     total = _sums(x, weight, n, m, here, there, inputs, stride, begin, inputs, WHOLE, PIECE, TILE_N, TILE_M, PRECISION)
@@ -95,7 +95,7 @@ def _head(
         broken = tl.maximum(broken, tl.max((score != score).to(tl.int32), axis=0))
     best = tl.max(score, axis=0)
     ident = tl.min(tl.where(here[:, None] & (score == best[None, :]), n[:, None], NO_ID), axis=0)
-    at = m.to(tl.int64) * tiles + tl.program_id(0)
+    at = m.to(tl.int64) * tiles + tl.program_id(1)
     tl.store(scores + at, tl.where(broken > 0, float("nan"), best), mask=there)
     tl.store(ids + at, ident, mask=there)
 
@@ -145,7 +145,7 @@ def multiply(
     if x.stride(1) != 1:
         x = x.contiguous()
     high, tile = table.tile(table.dense, rows, 16 if x.dtype == torch.float32 else 128)
-    grid = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, high)
+    grid = triton.cdiv(rows, high), triton.cdiv(outputs, tile.outputs)
     pieces = triton.cdiv(inputs, PIECE)
     split = scale is None and pieces > 1 and grid[0] * grid[1] < table.programs
     out = x.new_empty(rows, outputs, dtype=dtype)
@@ -178,13 +178,13 @@ def choose(
         (x, x_scale), scale, weight = _rounded(x), weight.scale, weight.codes
     (rows, inputs), outputs = x.shape, len(weight)
     high, tile = table.tile(table.dense, rows, 16 if x.dtype == torch.float32 else 64)  # noise takes registers
-    grid = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, high)
-    scores = x.new_empty(rows, grid[0], dtype=torch.float32)
-    ids = x.new_empty(rows, grid[0], dtype=torch.int32)
+    grid = triton.cdiv(rows, high), triton.cdiv(outputs, tile.outputs)
+    scores = x.new_empty(rows, grid[1], dtype=torch.float32)
+    ids = x.new_empty(rows, grid[1], dtype=torch.int32)
     if rows:
         _head[grid](
             x, weight, x_scale, scale, temperatures.contiguous(), seeds.contiguous(), positions.contiguous(), scores, ids,
-            rows, outputs, inputs, x.stride(0), first, grid[0], WHOLE=inputs % STEP.value == 0,
+            rows, outputs, inputs, x.stride(0), first, grid[1], WHOLE=inputs % STEP.value == 0,
             DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), PIECE=PIECE, TILE_N=tile.outputs, TILE_M=high,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
             enable_fp_fusion=False,

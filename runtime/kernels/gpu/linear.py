@@ -19,6 +19,9 @@ expanded weight: it would add in an order of its own, and a row would change whe
 converts a code for 128 products, which leaves an expanded weight a tenth to gain; before Hopper its sums don't fit into the
 registers, and 64 rows are the most.
 
+**Places.** Programs of the same outputs and other rows have numbers side by side, so that they run side by side and the
+weight comes from memory once for all of them.
+
 **Gates.** Where a product's outputs are gates and ups, a tile takes half its outputs from either, so that it has both of
 a pair and applies the activation to what it would have written; of pieces, the kernel that adds them does.
 """
@@ -97,16 +100,16 @@ def _product(
     GATE: tl.constexpr, PIECE: tl.constexpr, TILE_N: tl.constexpr, TILE_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
-    m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     i = tl.arange(0, WIDTH)
     there = m < rows
     source = tl.minimum(m, rows - 1)  # rows that aren't there repeat the last, which costs fewer registers than a mask
     if GATE is not None:  # gates and their ups in turn
-        pair = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N) // 2
+        pair = tl.program_id(1) * (TILE_N // 2) + tl.arange(0, TILE_N) // 2
         here = pair < outputs // 2
         n = pair + tl.arange(0, TILE_N) % 2 * (outputs // 2)
     else:
-        n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+        n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
         here = n < outputs
     first, last = tl.program_id(2) * PIECE, blocks
     if SPLIT:
@@ -142,7 +145,7 @@ def _product(
     if GATE is not None:
         both = narrow(tl.trans(total), out.dtype.element_ty).reshape(TILE_M, TILE_N // 2, 2)
         gates, ups = tl.split(both)
-        n = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
+        n = tl.program_id(1) * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
         at = m[:, None].to(tl.int64) * (outputs // 2) + n[None, :]
         tl.store(out + at, gate(gates, ups, GATE), mask=there[:, None] & (n < outputs // 2)[None, :])
     else:
@@ -218,7 +221,7 @@ def multiply(x: Tensor, packed: PackedInt4, gate: str | None, table: Table, dtyp
     high, tile = table.tile(table.product, rows, most)
     blocks = packed.codes.shape[0]
     pieces = triton.cdiv(blocks, PIECE)
-    grid = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, high)
+    grid = triton.cdiv(rows, high), triton.cdiv(outputs, tile.outputs)
     split = pieces > 1 and grid[0] * grid[1] < table.programs
     out = x.new_empty(rows, width, dtype=dtype)
     parts = x.new_empty(pieces, rows, outputs, dtype=torch.float32) if split else out
