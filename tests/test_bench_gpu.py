@@ -12,6 +12,7 @@ import pytest
 from bench.goals import GOALS, Reached
 
 ROOT = Path(__file__).parent.parent
+LACKING = "zmq,deepspeed,mpi4py,pydantic,llguidance,msgpack,psutil,rich,yaml,pytest,safetensors,transformers"
 WITHOUT = """
 import importlib, sys
 from importlib.machinery import PathFinder
@@ -37,8 +38,7 @@ def dry_run(module: str, lacking: str) -> tuple[int, str]:
 
 def test_kernels_need_torch_and_triton_alone() -> None:
     pytest.importorskip("triton")
-    lacking = "zmq,deepspeed,mpi4py,pydantic,llguidance,msgpack,psutil,rich,yaml,pytest,safetensors,transformers"
-    code, said = dry_run("bench.gpu", lacking)
+    code, said = dry_run("bench.gpu", LACKING)
     assert code == 1
     assert "rounds and jobs left out: " in said and "tests left out: pytest" in said
     assert "ours, paged, int8 cache" in said and "tiny: 96 x 256" in said
@@ -51,6 +51,15 @@ def test_rounds_need_no_packages_for_messages(jobs: bool) -> None:
     code, said = dry_run("bench.gpu_rounds", "zmq,deepspeed,mpi4py,llguidance,pytest" + ",msgpack,psutil" * (not jobs))
     assert code == 0 and said[said.index("rounds\n") :].count("\n| 64 | 2 | ") == 2
     assert ("whole jobs left out: " in said) != jobs and said.count(" + ngram | ") == 2 * jobs
+
+
+def test_a_table_can_be_tuned() -> None:
+    """By the steps that a card takes, and it comes out as a table that can be read."""
+    pytest.importorskip("triton")
+    from runtime.kernels.gpu.table import parse
+
+    code, said = dry_run("bench.tune", LACKING)
+    assert code == 0 and set(parse(said[said.index("{\n") :]).attention) == {16, 32}
 
 
 def test_goals_go_by_the_worst() -> None:
