@@ -127,9 +127,8 @@ class Engine:
             stuck = resident.stuck(self.sequences.values())
             if launched < count and not stuck:
                 launched += 1
-                with self.clock.part("draft"):
+                with self.clock.part("forward"):  # whatever the host looks up meanwhile: a round is under way
                     resident.again()
-                with self.clock.part("forward"):
                     resident.launch()
             yield decision, None, sources, resident.rows
             if stuck:
