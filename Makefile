@@ -17,8 +17,10 @@ INSIDE    := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 demo: $(STAMP)
 	@$(INSIDE) python -m bench.demo
 
+# Tests take turns on as many processes as there are cores, up to four, each with one thread for its products: threads of
+# several processes would wait for each other's cores.
 test: $(STAMP)
-	@$(INSIDE) pytest $(ARGS)
+	@$(INSIDE) OMP_NUM_THREADS=1 pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: lint types
 
