@@ -79,7 +79,7 @@ def build(kind: str, directory: Path, seed: int, **changes: Any) -> PreTrainedMo
     lay_out(build_skeleton(build_config(directory), torch.float32), 1, 0, 1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape) * (0.1 if weight.dim() == 1 else weight.shape[-1] ** -0.5)
             weight.data = noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
