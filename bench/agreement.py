@@ -7,13 +7,13 @@ sequence; with one it reads the certifier's up to the window. Output is the same
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from unittest import mock
 
 from transformers import AutoTokenizer
 
 from bench.jobs import ROOT
+from bench.prompts import demo_texts
 from runtime.drafting import cascade
 from runtime.drafting.drafter import Draft, Drafter
 from runtime.engine import Engine
@@ -53,11 +53,9 @@ class Apart(cascade.Cascade):
 def requests(temperature: float, max_tokens: int) -> list[Request]:
     """The demo's prompts, as tokens."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs/demo/target")
-    bodies = [json.loads(line)["body"] for line in (ROOT / "configs/demo/prompts.jsonl").read_text().splitlines()]
-    texts = [body["prompt"] for body in bodies if "prompt" in body]
     return [
         Request(i, tuple(tokenizer(text).input_ids), SamplingParams(temperature=temperature, seed=i, max_tokens=max_tokens))
-        for i, text in enumerate(texts)
+        for i, text in enumerate(demo_texts())
     ]
 
 

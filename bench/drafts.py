@@ -8,30 +8,18 @@ with the demo's tokenizer, such as one that `bench.enlarge` made.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.jobs import ROOT, run_job
+from bench.jobs import run_job
+from bench.prompts import demo_texts, write_requests
 from bench.tables import table
 
 CONFIG = "configs/demo/demo.yaml"
 PIECE = 240  # characters that a repetitive prompt repeats
-
-
-def write_prompts(path: Path, repetitive: bool, count: int, new_tokens: int) -> None:
-    """Greedy requests, end tokens ignored."""
-    lines = (ROOT / CONFIG).parent.joinpath("prompts.jsonl").read_text().splitlines()
-    texts = [body["prompt"] for body in (json.loads(line)["body"] for line in lines) if "prompt" in body][:count]
-    with path.open("w") as file:
-        for number, text in enumerate(texts):
-            prompt = 3 * (text[:PIECE].rstrip("\n") + "\n") if repetitive else text
-            body = {"model": "m", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-            line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
-            file.write(json.dumps(line) + "\n")
 
 
 def cell(model: Path | None, batch: int, method: str, prompts: Path, drafts: list[str], repeats: int) -> dict[str, float]:
@@ -57,7 +45,10 @@ def rows(given: argparse.Namespace) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         for kind in given.prompts:
             prompts = Path(scratch) / f"{kind}.jsonl"
-            write_prompts(prompts, kind == "repetitive", given.count, given.new_tokens)
+            texts = demo_texts()[: given.count]
+            if kind == "repetitive":
+                texts = [3 * (text[:PIECE].rstrip("\n") + "\n") for text in texts]
+            write_requests(prompts, [(kind, text) for text in texts], given.new_tokens, 0.0)
             for method in given.methods:
                 for batch in given.batches:
                     speeds = cell(given.model, batch, method, prompts, given.drafts, given.repeats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,18 @@ def read_prompts(path: Path, model: Path, count: int, longest: int) -> list[Prom
     return [(kind, tokens) for _, kind, tokens in sorted(turns, key=lambda turn: turn[0])][:count]
 
 
-def write_requests(path: Path, prompts: list[Prompt], new_tokens: int, temperature: float) -> None:
-    """A batch file of these prompts, each continued by exactly `new_tokens` tokens."""
+def demo_texts() -> list[str]:
+    """The texts that the demo continues; its chats are left out."""
+    bodies = (json.loads(line)["body"] for line in DEMO.read_text().splitlines())
+    return [body["prompt"] for body in bodies if "prompt" in body]
+
+
+def write_requests(
+    path: Path, prompts: Sequence[tuple[str, str | list[int]]], new_tokens: int, temperature: float
+) -> None:
+    """A batch file of prompts, each with its kind, and each continued by exactly `new_tokens` tokens."""
     with path.open("w") as file:
-        for number, (_, tokens) in enumerate(prompts):
-            body = {"prompt": tokens, "max_tokens": new_tokens, "temperature": temperature, "ignore_eos": True, "seed": number}
+        for number, (_, prompt) in enumerate(prompts):
+            body = {"prompt": prompt, "max_tokens": new_tokens, "temperature": temperature, "ignore_eos": True, "seed": number}
             line = {"custom_id": f"r{number:04}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
