@@ -1,4 +1,4 @@
-"""A whole job in one process, for one rank: coordinator, rank and engine as they are, lists in place of sockets and files.
+"""A whole job in one process: coordinator, ranks and engines as they are, lists in place of sockets and files.
 
 What a device takes for a job, where ZeroMQ and a launcher aren't installed; it leaves out what those cost.
 """
@@ -8,34 +8,78 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoTokenizer
 
 from configs.schema import RunConfig
 from runtime.coordinator import Coordinator
-from runtime.events import Finished, NoMoreRequests, Send, Submit
+from runtime.events import Event, Finished, NoMoreRequests, Refused, Submit
 from runtime.group import Limits
-from runtime.messages import Message, Plan
+from runtime.messages import Hello, Message, Plan, Stop, decode, encode
 from runtime.model import Model
-from runtime.request import Request, SamplingParams
+from runtime.request import Completion, Request, SamplingParams
 from workers.build import Place, build
 from workers.models import Models
 from workers.rank import Rank
 
+if TYPE_CHECKING:
+    from workers.transport import Client
+
 
 class Mailbox:
-    """A rank's messages, in a list."""
+    """Stands in for a rank's socket: what it sends is kept as bytes until someone looks."""
 
     def __init__(self) -> None:
-        self.sent: deque[Message] = deque()
+        self.sent: deque[list[bytes]] = deque()
 
     def send(self, message: Message) -> None:
-        self.sent.append(message)
+        self.sent.append(encode(message))
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a job went: its completions by (index, copy), and the plans that were carried out."""
+
+    completions: dict[tuple[int, int], Completion]
+    plans: list[Plan]
+
+
+def drive(
+    machine: Coordinator, members: Sequence[tuple[Mailbox, Hello]], requests: Iterable[Request],
+    carry_out: Callable[[Plan], object],
+) -> Course:  # fmt: skip
+    """Runs all requests on the one group whose members' mailboxes these are; all of them carry out a plan in `carry_out`."""
+    course = Course({}, [])
+    pending: deque[Plan] = deque()
+
+    def act(event: Event) -> None:
+        for action in machine.handle(event):
+            assert not isinstance(action, Refused), action
+            if isinstance(action, Finished):
+                name = action.completion.index, action.completion.copy
+                assert name not in course.completions
+                course.completions[name] = action.completion
+            elif isinstance(action.message, Plan):
+                pending.append(cast(Plan, decode(encode(action.message))))
+
+    for _, hello in members:
+        act(hello)
+    for request in requests:
+        act(Submit(request))
+    act(NoMoreRequests())
+    while pending:
+        course.plans.append(pending.popleft())
+        carry_out(course.plans[-1])
+        for mailbox, _ in members:
+            while mailbox.sent:
+                act(cast(Event, decode(mailbox.sent.popleft())))
+    assert machine.stop == Stop(0, "every request is finished"), machine.stop
+    return course
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +96,12 @@ def run(config: RunConfig, requests: Iterable[Request], model: Model) -> Numbers
     place = Place(0, 0, [(0,)], 0, 1, True, "inprocess")
     engine, hello = build(config, place, lambda *_, **__: Models(model, None, None))
     mailbox = Mailbox()
-    rank = Rank(0, True, "group", engine, cast(Any, mailbox))
+    rank = Rank(0, True, "group", engine, cast("Client", mailbox))
     machine = Coordinator(groups=[(0,)], limits=Limits.of(config), decode=lambda tokens: "")
-    plans: deque[Plan] = deque()
-    outputs: dict[int, tuple[int, ...]] = {}
-
-    def act(event: Any) -> None:
-        for action in machine.handle(event):
-            if isinstance(action, Finished):
-                outputs[action.completion.index] = action.completion.tokens
-            elif isinstance(action, Send) and isinstance(action.message, Plan):
-                plans.append(action.message)
-
-    act(hello)
     start = time.perf_counter()
-    for request in requests:
-        act(Submit(request))
-    act(NoMoreRequests())
-    while plans:
-        rank.carry_out(plans.popleft())
-        while mailbox.sent:
-            act(mailbox.sent.popleft())
+    course = drive(machine, [(mailbox, hello)], requests, rank.carry_out)
     seconds = time.perf_counter() - start
+    outputs = {index: completion.tokens for (index, _), completion in course.completions.items()}
     return Numbers(sum(map(len, outputs.values())) / seconds, machine.stats.mean_acceptance_length, outputs)
 
 

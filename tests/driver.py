@@ -1,8 +1,7 @@
-"""Whole jobs in the test's own process: the real coordinator, ranks and engines, with lists in place of sockets."""
+"""Whole jobs in the test's own process, of one rank or of several that are threads."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from unittest import mock
 
 import torch
 
+from bench.inprocess import Mailbox, drive
 from configs.load import load
 from configs.schema import ModelConfig, RunConfig
 from runtime.comm import Communicator, Solo
 from runtime.coordinator import Coordinator
-from runtime.events import Finished, NoMoreRequests, Refused, Send, Submit
 from runtime.group import Limits
-from runtime.messages import Hello, Message, Plan, Stop, decode, encode
+from runtime.messages import Hello, Plan
 from runtime.model import Model, load_model
 from runtime.request import Completion, Request
 from tests.tiny_models import ThreadRank, Threads
@@ -27,16 +26,6 @@ from workers.rank import Rank
 from workers.transport import Client
 
 DEMO = "configs/demo/demo.yaml"
-
-
-class Mailbox:
-    """Stands in for a rank's socket: what it sends is kept as bytes until someone looks."""
-
-    def __init__(self) -> None:
-        self.sent: deque[list[bytes]] = deque()
-
-    def send(self, message: Message) -> None:
-        self.sent.append(encode(message))
 
 
 @cache
@@ -106,32 +95,9 @@ def run(config: RunConfig, requests: Iterable[Request], size: int = 1) -> Outcom
     machine = Coordinator(
         groups=[tuple(range(size))], limits=Limits.of(config), decode=lambda tokens: " ".join(map(str, tokens))
     )
-    completions: dict[tuple[int, int], Completion] = {}
-    plans: deque[Plan] = deque()
-    admissions = borrowed = 0
-
-    def carry_out(actions: Iterable[Any]) -> None:
-        for action in actions:
-            assert not isinstance(action, Refused), action
-            if isinstance(action, Finished):
-                name = action.completion.index, action.completion.copy
-                assert name not in completions
-                completions[name] = action.completion
-            elif isinstance(action, Send) and isinstance(action.message, Plan):
-                plans.append(cast(Plan, decode(encode(action.message))))
-
-    for _, _, hello in started:
-        carry_out(machine.handle(hello))
-    for request in requests:
-        carry_out(machine.handle(Submit(request)))
-    carry_out(machine.handle(NoMoreRequests()))
-    while plans:
-        admissions += len(plans[0].admit)
-        borrowed += sum(newcomer.num_computed > 0 for newcomer in plans[0].admit)
-        carry_out_together(ranks, plans.popleft())
-        for _, mailbox, _ in started:
-            while mailbox.sent:
-                carry_out(machine.handle(cast(Any, decode(mailbox.sent.popleft()))))
-    assert machine.stop == Stop(0, "every request is finished"), machine.stop
-    firsts = {index: completion for (index, copy), completion in completions.items() if copy == 0}
-    return Outcome(firsts, machine, admissions, borrowed, completions)
+    members = [(mailbox, hello) for _, mailbox, hello in started]
+    course = drive(machine, members, requests, lambda plan: carry_out_together(ranks, plan))
+    newcomers = [newcomer for plan in course.plans for newcomer in plan.admit]
+    borrowed = sum(newcomer.num_computed > 0 for newcomer in newcomers)
+    firsts = {index: completion for (index, copy), completion in course.completions.items() if copy == 0}
+    return Outcome(firsts, machine, len(newcomers), borrowed, course.completions)
