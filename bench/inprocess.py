@@ -20,9 +20,10 @@ from configs.schema import RunConfig
 from runtime.coordinator import Coordinator
 from runtime.events import Event, Finished, NoMoreRequests, Refused, Submit
 from runtime.group import Limits
-from runtime.messages import Hello, Message, Plan, Stop, decode, encode
+from runtime.messages import Hello, Message, Plan, Stop
 from runtime.model import Model
 from runtime.request import Completion, Request, SamplingParams
+from runtime.wire import decode, encode
 from workers.build import Place, build
 from workers.models import Models
 from workers.rank import Rank

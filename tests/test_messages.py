@@ -14,26 +14,10 @@ from hypothesis import strategies as st
 
 from runtime.costs import Costs, Effort
 from runtime.logprobs import Logprobs
-from runtime.messages import (
-    KINDS,
-    VERSION,
-    Admission,
-    Alive,
-    BadMessage,
-    Decision,
-    Failure,
-    Farewell,
-    Hello,
-    Message,
-    Plan,
-    Report,
-    Stop,
-    Verdict,
-    decode,
-    encode,
-)
+from runtime.messages import Admission, Alive, Decision, Failure, Farewell, Hello, Message, Plan, Report, Stop, Verdict
 from runtime.request import SpeculationStats
 from runtime.sequence import Sampling
+from runtime.wire import KINDS, VERSION, BadMessage, decode, encode
 
 
 def some_ints(rng: random.Random, count: int) -> np.ndarray:

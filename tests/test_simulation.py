@@ -13,8 +13,9 @@ from runtime.coordinator import Coordinator
 from runtime.costs import Costs
 from runtime.events import Finished, NoMoreRequests, Refused, Send, Submit
 from runtime.group import Limits
-from runtime.messages import Hello, Message, Plan, Stop, decode, encode
+from runtime.messages import Hello, Message, Plan, Stop
 from runtime.request import Completion, Request, SamplingParams, TokenLogprob
+from runtime.wire import decode, encode
 from tests.fake_ranks import VOCAB, FakeGroup, invented_token
 
 JOBS = 400  # per merge

@@ -11,7 +11,8 @@ import zmq
 
 from configs import exits
 from configs.schema import CoordinationConfig
-from runtime.messages import Alive, BadMessage, Failure, Stop
+from runtime.messages import Alive, Failure, Stop
+from runtime.wire import BadMessage
 from workers.keys import make
 from workers.transport import Client, Server, TransportError, is_local
 

@@ -14,7 +14,8 @@ import time
 
 from configs import exits
 from configs.schema import CoordinationConfig
-from runtime.messages import Alive, BadMessage, Stop
+from runtime.messages import Alive, Stop
+from runtime.wire import BadMessage
 from workers.transport import Client
 
 

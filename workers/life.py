@@ -14,10 +14,11 @@ from configs.schema import RunConfig
 from runtime.checkpoint import ModelError
 from runtime.comm import PeerLost
 from runtime.grammar import GrammarError
-from runtime.messages import BadMessage, Failure
+from runtime.messages import Failure
 from runtime.shard import CannotShard
 from runtime.shared_memory import SharedMemoryError
 from runtime.verify import NotANumber
+from runtime.wire import BadMessage
 from workers.build import Place, build
 from workers.heartbeat import Watchdog
 from workers.models import BuildRefused

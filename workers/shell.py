@@ -10,8 +10,9 @@ from configs import exits
 from configs.schema import CoordinationConfig
 from runtime.coordinator import Coordinator
 from runtime.events import Event, NoMoreRequests, Send, Silent, Submit
-from runtime.messages import Alive, BadMessage, Failure, Farewell, Hello, Report, Verdict
+from runtime.messages import Alive, Failure, Farewell, Hello, Report, Verdict
 from runtime.request import Request
+from runtime.wire import BadMessage
 from workers.transport import Server
 
 GRACE = 5.0  # seconds that ranks get to hear of the end and to say goodbye

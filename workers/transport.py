@@ -12,7 +12,8 @@ import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
-from runtime.messages import Message, decode, encode
+from runtime.messages import Message
+from runtime.wire import decode, encode
 
 MAX_MESSAGE = 256 * 2**20  # bytes of a frame; a peer that sends more is cut off
 LINGER_MS = 2000
