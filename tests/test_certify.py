@@ -145,6 +145,8 @@ def test_certified_rows_bear_the_fingerprint_of_the_16_bit_model_even_after_a_ki
     if job.poll() is None:
         kill(job.pid, "all")
     finish(job)
+    written = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(written[:after]))  # as if none had come since, so that there is something left to do
     assert run_job("python", 1, certified, *words, prompts=prompts) == expected
     said = json.loads((certified / "summary.json").read_text())
     told, inner = said["certification"], said["certification"]["int4_speculation"]
