@@ -98,9 +98,6 @@ def run_rank(config: RunConfig, given: argparse.Namespace, topology: Topology) -
     # How long OpenMP's threads spin before they sleep, read as torch loads. By default long enough that one other busy
     # process on the machine makes everything many times slower; CONTRIBUTING.md has the numbers.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from workers.build import Place
-    from workers.life import live
-
     group, groups = topology.group(config.parallel.tensor)
     one_host = topology.local_size == topology.size
     leads = topology.rank == 0
@@ -119,8 +116,12 @@ def run_rank(config: RunConfig, given: argparse.Namespace, topology: Topology) -
     job = posted.share("job", secrets.token_hex(8) if leads else None)
     child = start_coordinator(given, topology.size, endpoint) if leads and given.role == "auto" else None
     store = getattr(posted, "store", None)
-    place = Place(topology.rank, group, groups, topology.local_rank, topology.local_size, one_host, job, store)
     try:
+        # Only now: they take seconds, in which the coordinator starts, and which nobody need wait for who is refused.
+        from workers.build import Place
+        from workers.life import live
+
+        place = Place(topology.rank, group, groups, topology.local_rank, topology.local_size, one_host, job, store)
         return live(config, place, endpoint, child)
     finally:
         if scratch is not None:
