@@ -120,7 +120,9 @@ def write_text(given: argparse.Namespace) -> list[list[int]]:
     build_config(given.model)
     disable_progress_bar()
     torch.manual_seed(given.seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(given.model, local_files_only=True, dtype="auto").to(given.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        given.model, local_files_only=True, dtype="auto", attn_implementation="eager",  # others may drop soft caps
+    ).to(given.device)  # fmt: skip
     found: list[list[int]] = []
     vocabulary = model.config.get_text_config().vocab_size
     while len(found) < given.samples:

@@ -116,8 +116,8 @@ def test_int4_is_the_model_of_dequantised_weights(
     model = make(kind, seed, intermediate_size=5 * group_size, **FAMILIES[kind])
     sequences = prompts(rng)
     config = config_of(
-            save(model, tmp_path), quantization="int4", group_size=group_size, symmetric=symmetric, activations="16bit"
-        )
+        save(model, tmp_path), quantization="int4", group_size=group_size, symmetric=symmetric, activations="16bit"
+    )
     quantised(model, group_size, symmetric)
     for size in (1, 2, 4) if group_size == 32 else (1, 2):
         for tokens, logits in zip(sequences, logits_on(size, config, sequences, rng), strict=True):
@@ -130,7 +130,7 @@ def test_int8_activations_stay_near(seed: int, tmp_path: Path) -> None:
     sequences = prompts(rng)
     config = config_of(save(model, tmp_path), quantization="int4", group_size=32, activations="int8")
     quantised(model, 32, True)
-    for size in (1, 2):
+    for size in (1, 2, 3):  # three share neither heads nor groups nor words evenly
         for tokens, logits in zip(sequences, logits_on(size, config, sequences, rng), strict=True):
             wanted = reference(model, tokens)
             error = (logits - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
