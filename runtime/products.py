@@ -19,7 +19,7 @@ from runtime.linear import Dense, Int4, Int8, Product, Reordered, Stacked
 from runtime.quantize.int4 import Int4Weight, merge
 from runtime.quantize.int8 import quantize as quantize_int8
 from runtime.quantize.schemes import Scheme
-from runtime.quantize.stored import expand, read_int4
+from runtime.quantize.stored import Order, expand, order_of, read_int4
 from runtime.shard import Span
 
 PIECE = 1 << 20  # weights that are worked on at a time, so that little is in memory beside what is finished
@@ -43,6 +43,7 @@ class Products:
     device: torch.device
     schemes: dict[str, Scheme]
     belt: Belt | None = None
+    _sorted: tuple[str, Span, Order | None] | None = None  # of the linear that was read last
 
     def head(self, path: str, stored: str, span: Span, table: Tensor | None) -> Product:
         """The head's product; `table` is the embedding's weight if it is the head's too; `stored`: its name in the files."""
@@ -109,16 +110,20 @@ class Products:
             return self._weight(path, rows, columns), None
         if path in self.schemes:
             self._no_hidden_bias(path)
-            weight, order = read_int4(self.checkpoint, path, self.schemes[path], rows, columns)
+            weight, order = self._read_int4(path, rows, columns)
             return weight.to(self.device), None if order is None else order.to(self.device)
         return self._quantised(f"{path}.weight", rows, columns), None
 
     def _weight(self, path: str, rows: Span, columns: Span) -> Tensor:
         """A linear's slice, expanded if it is stored in four bits. It may be the mapped file itself."""
-        scheme = self.schemes.get(path)
-        if scheme is None:
+        if path not in self.schemes:
             return self._slice(f"{path}.weight", rows, columns)
-        return expand(*read_int4(self.checkpoint, path, scheme, rows, columns), columns.width).to(self.device)
+        return expand(*self._read_int4(path, rows, columns), columns.width).to(self.device)
+
+    def _read_int4(self, path: str, rows: Span, columns: Span) -> tuple[Int4Weight, Tensor | None]:
+        if self._sorted is None or self._sorted[:2] != (path, columns):  # pieces of one linear follow each other
+            self._sorted = path, columns, order_of(self.checkpoint, path, self.schemes[path], columns)
+        return read_int4(self.checkpoint, path, self.schemes[path], rows, columns, self._sorted[2])
 
     def _quantised(self, name: str, rows: Span, columns: Span) -> Int4Weight:
         # Rounded from the file's own values, not from a narrower dtype.

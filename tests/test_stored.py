@@ -151,8 +151,9 @@ def test_arranged_parts_make_the_whole_product(seed: int) -> None:
         w = draw(torch.Size((16, size * groups)), size, False, True, torch.float32)
         for first, last in ((0, size * groups), sorted(rng.sample(range(size * groups + 1), 2))):
             columns = slice(first, last)
-            args = (w.codes[:, columns].to(torch.uint8), w.scale, w.zero.to(torch.uint8), w.group_of[columns], size)
-            weight, order = stored.arrange(*args)
+            sorted_ = stored.sort(w.group_of[columns], size)
+            weight = stored.arrange(w.codes[:, columns].to(torch.uint8), w.scale, w.zero.to(torch.uint8), sorted_)
+            order = sorted_.places
             assert torch.equal(stored.expand(weight, order, last - first), w.value[:, columns])
             if last - first == size * groups:
                 assert weight.group_size == size and sorted(order.tolist()) == list(range(last))

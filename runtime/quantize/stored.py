@@ -11,7 +11,7 @@ A word is 32 bits and holds eight codes of four bits or four of eight, the first
   in the order 0 2 4 6 1 3 5 7; scales [G, N].
 
 A weight whose groups follow the activations' order (g_idx: the group of each input) is brought into groups that lie
-together by sorting this rank's own inputs; `arrange` says how.
+together by sorting this rank's own inputs; `sort` says how.
 
 A code of eight bits is two of four: (c - z) s = (c / 16 - z / 16) 16 s + (c % 16 - z % 16) s, each half with a zero point
 and a scale of its own. So such a weight is held as one of four bits with twice the inputs, each of which comes in twice;
@@ -19,6 +19,8 @@ the bytes are the same, and every kernel that knows four bits knows it. With sca
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,19 +35,32 @@ SUBGROUPS = (128, 64, 32, 16, 8)
 ONES = {4: 0x11111111, 8: 0x01010101}  # a word whose codes are all 1
 
 
+@dataclass(frozen=True)
+class Order:
+    """Inputs sorted by their group, each group cut into subgroups of `size` and filled up by repeating an input.
+
+    places: int64 [k'], which input stands there; kept: bool [k'], False where it only fills; groups: int64 [k' / size], the
+    group of each subgroup.
+    """
+
+    places: Tensor
+    kept: Tensor
+    groups: Tensor
+    size: int
+
+
 def read_int4(
-    checkpoint: Checkpoint, path: str, scheme: Scheme, rows: Span, columns: Span
+    checkpoint: Checkpoint, path: str, scheme: Scheme, rows: Span, columns: Span, sorted_: Order | None
 ) -> tuple[Int4Weight, Tensor | None]:
     """These outputs and inputs of a linear: the weight [n, k'] and the order its inputs come in, None for their own.
 
     The order is int64 [k'], positions within `columns`: input i of the weight is theirs at order[i]. `columns` starts
-    and ends with a group. Raises ModelError.
+    and ends with a group. sorted_: what `order_of` says of these columns. Raises ModelError.
     """
     size, inputs = scheme.group_size, columns.width
-    group_of = _group_of(checkpoint, path, scheme, columns)
     if scheme.channel:
         groups = Span(0, 1)
-    elif group_of is None:
+    elif sorted_ is None:
         groups = Span(columns.start // size, -(-columns.stop // size))
     else:
         groups = Span(0, checkpoint.shapes[scheme.order(path)][0] // size)
@@ -59,13 +74,30 @@ def read_int4(
     order = None
     if scheme.bits == 8:
         order = torch.arange(inputs).repeat(2)
-        group_of = None if group_of is None else torch.cat([group_of, group_of + scale.shape[1]])
         codes, zero = (torch.cat([x >> 4, x & 15], dim=1) for x in (codes, zero))
         scale = torch.cat([scale * 16, scale], dim=1)
-    if group_of is not None:
-        weight, places = arrange(codes, scale, zero, group_of, size)
-        return weight, places if order is None else order[places]
+    if sorted_ is not None:
+        return arrange(codes, scale, zero, sorted_), sorted_.places if order is None else order[sorted_.places]
     return Int4Weight(codes.contiguous(), scale.contiguous(), zero.contiguous(), size), order
+
+
+def order_of(checkpoint: Checkpoint, path: str, scheme: Scheme, columns: Span) -> Order | None:
+    """The order in which these inputs of a linear are held; None where groups lie together in the inputs' own order. Eight
+    bits are two inputs of four, all the upper ones before all the lower. Raises ModelError."""
+    name = scheme.order(path)
+    shape = checkpoint.shapes.get(name, (0,))
+    if scheme.channel or shape == (0,):
+        return None
+    if len(shape) != 1 or shape[0] < columns.stop:
+        raise ModelError(f"{name} in {checkpoint.directory} is {list(shape)}: too short; download the model again")
+    found = checkpoint.read(name).long()
+    if torch.equal(found, torch.arange(len(found)) // scheme.group_size):
+        return None
+    groups = len(found) // scheme.group_size
+    if int(found.min()) < 0 or int(found.max()) >= groups:
+        raise ModelError(f"{name} in {checkpoint.directory} names groups that aren't there; download the model again")
+    group_of = found[columns.start : columns.stop]
+    return sort(group_of if scheme.bits == 4 else torch.cat([group_of, group_of + groups]), scheme.group_size)
 
 
 def _of_compressed_tensors(
@@ -105,31 +137,34 @@ def _of_gptq_and_awq(
     return codes, scale, _unpack(words, rows, bits, places).t()
 
 
-def arrange(codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, size: int) -> tuple[Int4Weight, Tensor]:
-    """Sorts inputs by their group: codes [N, k], scale and zero [N, G], group_of [k] int64 -> a weight and its order.
+def sort(group_of: Tensor, size: int) -> Order:
+    """Sorts inputs by their group, int64 [k], of at most `size` each.
 
     With all K inputs every group is whole. A rank with some of the inputs has a part of each group only, so that groups
     are cut into the subgroups that cost the fewest bytes, filled up by repeating an input under a code that means zero:
     the sum is the same, the input's largest magnitude too, and no rank needs another's inputs.
     """
-    counts = torch.bincount(group_of, minlength=scale.shape[1])
+    counts = torch.bincount(group_of)
 
     def bytes_of(sub: int) -> float:
         return float((-(-counts // sub)).sum()) * (sub / 2 + 2)
 
     sub = min(dict.fromkeys((size, *SUBGROUPS)), key=bytes_of)
-    order, keeps, groups = [], [], []
+    order, keeps, groups = [torch.arange(0)], [torch.arange(0) < 0], [torch.arange(0)]
     for group in torch.nonzero(counts).flatten().tolist():
         found = torch.nonzero(group_of == group).flatten()
         more = -len(found) % sub
         order.append(torch.cat([found, found[-1:].expand(more)]))
         keeps.append(torch.arange(len(found) + more) < len(found))
         groups.append(torch.full((-(-len(found) // sub),), group))
-    if not order:
-        return Int4Weight(codes, scale[:, :0].contiguous(), zero[:, :0].contiguous(), sub), torch.arange(0)
-    places, kept, which = torch.cat(order), torch.cat(keeps), torch.cat(groups)
-    arranged = codes[:, places].where(kept, zero[:, which].repeat_interleave(sub, dim=1))
-    return Int4Weight(arranged, scale[:, which].contiguous(), zero[:, which].contiguous(), sub), places
+    return Order(torch.cat(order), torch.cat(keeps), torch.cat(groups), sub)
+
+
+def arrange(codes: Tensor, scale: Tensor, zero: Tensor, order: Order) -> Int4Weight:
+    """codes [N, k], scale and zero [N, G], in the inputs' own order -> the weight in that one."""
+    scale, zero = scale[:, order.groups].contiguous(), zero[:, order.groups].contiguous()
+    arranged = codes[:, order.places].where(order.kept, zero.repeat_interleave(order.size, dim=1))
+    return Int4Weight(arranged, scale, zero, order.size)
 
 
 def expand(weight: Int4Weight, order: Tensor | None, inputs: int) -> Tensor:
@@ -137,22 +172,6 @@ def expand(weight: Int4Weight, order: Tensor | None, inputs: int) -> Tensor:
     values = weight.dequantize()
     # An input that stands twice is zero all but once, or brings the two halves of its codes.
     return values if order is None else values.new_zeros(len(values), inputs).index_add_(1, order, values)
-
-
-def _group_of(checkpoint: Checkpoint, path: str, scheme: Scheme, columns: Span) -> Tensor | None:
-    """The group of each of these inputs, int64 [k]; None where groups lie together in the inputs' own order."""
-    name = scheme.order(path)
-    shape = checkpoint.shapes.get(name, (0,))
-    if scheme.channel or shape == (0,):
-        return None
-    if len(shape) != 1 or shape[0] < columns.stop:
-        raise ModelError(f"{name} in {checkpoint.directory} is {list(shape)}: too short; download the model again")
-    found = checkpoint.read(name).long()
-    if torch.equal(found, torch.arange(len(found)) // scheme.group_size):
-        return None
-    if int(found.min()) < 0 or int(found.max()) >= len(found) // scheme.group_size:
-        raise ModelError(f"{name} in {checkpoint.directory} names groups that aren't there; download the model again")
-    return found[columns.start : columns.stop]
 
 
 def _words(span: Span, bits: int) -> Span:
