@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.rows import EIGHT_BITS, cache_width
+from runtime.pages import Pages
 
 
 class CacheShape(NamedTuple):
@@ -48,8 +49,9 @@ class KVCache:
         width = cache_width(self.shape.head_dim, dtype)
         size = (self.shape.layers, num_blocks, self.shape.kv_heads, block_size, width)
         # Zeros touch the memory now, so that too large a cache fails at the start and not in the middle of a job.
-        self.keys: tuple[Tensor, ...] = torch.zeros(size, dtype=dtype, device=self.device).unbind()
-        self.values: tuple[Tensor, ...] = torch.zeros(size, dtype=dtype, device=self.device).unbind()
+        pages = Pages()
+        self.keys: tuple[Tensor, ...] = pages.empty(size, dtype, self.device).zero_().unbind()
+        self.values: tuple[Tensor, ...] = pages.empty(size, dtype, self.device).zero_().unbind()
 
     @staticmethod
     def bytes_per_block(shape: CacheShape, block_size: int, dtype: torch.dtype) -> int:

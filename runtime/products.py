@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -16,6 +16,7 @@ from runtime.belt import Belt
 from runtime.checkpoint import Checkpoint, ModelError
 from runtime.kernels.packed import PackedInt4, PackedInt8
 from runtime.linear import Dense, Int4, Int8, Product, Reordered, Stacked
+from runtime.pages import Pages
 from runtime.quantize.int4 import Int4Weight, merge
 from runtime.quantize.int8 import quantize as quantize_int8
 from runtime.quantize.schemes import Scheme
@@ -43,6 +44,7 @@ class Products:
     device: torch.device
     schemes: dict[str, Scheme]
     belt: Belt | None = None
+    pages: Pages = field(default_factory=Pages)
     _sorted: tuple[str, Span, Order | None] | None = None  # of the linear that was read last
 
     def head(self, path: str, stored: str, span: Span, table: Tensor | None) -> Product:
@@ -58,7 +60,7 @@ class Products:
             packed = [self.kernels.pack_int8(quantize_int8(self._stored_rows(path, stored, rows))) for rows in pieces]
         except ValueError as error:
             raise ModelError(f"{stored} cannot be quantised: {error}; use model.lm_head: 16bit") from error
-        return Int8(PackedInt8.join(packed), self.kernels)
+        return Int8(PackedInt8.join(packed, self.pages), self.kernels)
 
     def whole(self, part: Part) -> Product:
         """Of a linear that every rank holds in full, in the model's dtype."""
@@ -78,7 +80,7 @@ class Products:
         if len(fours) < len(parts) or len({w.group_size for w in fours}) > 1 or not all(_same(o, order) for _, o in firsts):
             return Stacked([self.of([part]) for part in parts])
         pieces = (self.kernels.pack_int4(self._four(piece), self.config.activations) for piece in cut(parts))
-        packed = PackedInt4.join(pieces, sum(rows.width for _, rows, _ in parts))
+        packed = PackedInt4.join(pieces, sum(rows.width for _, rows, _ in parts), self.pages)
         if order is None:
             return Int4(packed, self.kernels, borders)
         # Sorted by group: segments don't lie together.
@@ -90,7 +92,7 @@ class Products:
 
     def _filled(self, parts: list[Part]) -> Tensor:
         """Slices in the model's dtype, laid one under the other."""
-        whole = torch.empty(sum(part[1].width for part in parts), parts[0][2].width, dtype=self.dtype, device=self.device)
+        whole = self.pages.empty((sum(part[1].width for part in parts), parts[0][2].width), self.dtype, self.device)
         start = 0
         for path, rows, columns in (part for piece in cut(parts) for part in piece):
             whole[start : start + rows.width].copy_(self._weight(path, rows, columns))
@@ -170,7 +172,8 @@ class Products:
 
     def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
         # A copy: what safetensors returns may be the mapped file itself, unaligned and at the mercy of its owner.
-        return self.checkpoint.read(name, rows, columns).to(self.device, self.dtype, copy=True)
+        stored = self.checkpoint.read(name, rows, columns)
+        return self.pages.empty(stored.shape, self.dtype, self.device).copy_(stored)
 
 
 def cut(parts: list[Part]) -> Iterator[list[Part]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from runtime import kernels
 from runtime.kernels import reference
 from runtime.kernels.packed import PackedInt4, PackedInt8
+from runtime.pages import Pages
 from runtime.quantize import int4, int8
 from runtime.quantize.int4 import Int4Weight
 from runtime.quantize.int8 import Int8Weight
@@ -243,12 +244,12 @@ def test_packed_pieces_are_joined(module: ModuleType, seed: int) -> None:
     pieces = [int4.quantize(torch.randn(rows, 128), 32, symmetric) for rows, symmetric in ((32, True), (16, False), (5, True))]
     pieces[2] = dataclasses.replace(pieces[2], scale=pieces[2].scale * 1.001)
     whole = module.pack_int4(int4.merge(pieces), "int8")
-    joined = PackedInt4.join([module.pack_int4(piece, "int8") for piece in pieces], 53)
+    joined = PackedInt4.join([module.pack_int4(piece, "int8") for piece in pieces], 53, Pages())
     assert (joined.out_features, joined.nbytes) == (53, whole.nbytes)
     x, w = torch.randn(5, 128), torch.randn(53, 40)
     assert torch.equal(module.int4_linear(x, joined), module.int4_linear(x, whole))
     eights = [int8.quantize(rows) for rows in w.split([32, 21])]
-    both = PackedInt8.join([module.pack_int8(eight) for eight in eights])
+    both = PackedInt8.join([module.pack_int8(eight) for eight in eights], Pages())
     assert torch.equal(module.int8_linear(x[:, :40], both), module.int8_linear(x[:, :40], module.pack_int8(int8.quantize(w))))
 
 

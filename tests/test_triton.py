@@ -16,6 +16,7 @@ from torch import Tensor
 from runtime import kernels
 from runtime.kernels import reference
 from runtime.kernels.packed import PackedInt4
+from runtime.pages import Pages
 from runtime.quantize import int4
 from runtime.quantize.int4 import Int4Weight
 from tests.on_triton import DEVICE, DTYPES, MODULE, TABLE, gpu, needs_gpu, pack, quiet, tables, there
@@ -200,7 +201,7 @@ def test_a_row_is_alone_at_a_real_size(seed: int) -> None:
 def test_packed_pieces_are_joined(seed: int) -> None:
     torch.manual_seed(seed)
     pieces = [random_weight(rows, 96, 32, symmetric) for rows, symmetric in ((16, True), (32, False), (3, True))]
-    whole, joined = pack(int4.merge(pieces)), PackedInt4.join([pack(piece) for piece in pieces], 51)
+    whole, joined = pack(int4.merge(pieces)), PackedInt4.join([pack(piece) for piece in pieces], 51, Pages())
     assert joined.zero is not None and whole.zero is not None and joined.out_features == 51
     for a, b in ((joined.codes, whole.codes), (joined.scale, whole.scale), (joined.zero, whole.zero)):
         assert torch.equal(a, b)

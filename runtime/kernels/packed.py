@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from runtime.pages import Pages
 from runtime.quantize.int4 import MIDDLE
 
 ACTIVATIONS = ("int8", "16bit")
@@ -32,7 +33,7 @@ class PackedInt4:
         return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
 
     @classmethod
-    def join(cls, pieces: Iterable[PackedInt4], out_features: int) -> PackedInt4:
+    def join(cls, pieces: Iterable[PackedInt4], out_features: int, pages: Pages) -> PackedInt4:
         """Weights of the same inputs, one under the other; all but the last have a multiple of 16 outputs.
 
         Codes are copied as they come into the place where they stay, so that memory isn't left full of holes.
@@ -44,7 +45,7 @@ class PackedInt4:
             if first is None:
                 shape = list(piece.codes.shape)
                 shape[piece.axis] = -(-shape[piece.axis] * out_features // piece.out_features)
-                first, codes = piece, piece.codes.new_empty(shape)
+                first, codes = piece, pages.empty(shape, piece.codes.dtype, piece.codes.device)
             more = piece.codes.shape[piece.axis]
             codes.narrow(piece.axis, filled, more).copy_(piece.codes)
             filled += more
@@ -74,9 +75,11 @@ class PackedInt8:
         return self.codes.nbytes + self.scale.nbytes
 
     @classmethod
-    def join(cls, pieces: Sequence[PackedInt8]) -> PackedInt8:
+    def join(cls, pieces: Sequence[PackedInt8], pages: Pages) -> PackedInt8:
         """Weights of the same inputs, one under the other; all but the last have a multiple of 16 outputs."""
-        codes, scale = torch.cat([piece.codes for piece in pieces]), torch.cat([piece.scale for piece in pieces])
+        first, scale = pieces[0].codes, torch.cat([piece.scale for piece in pieces])
+        codes = pages.empty((sum(len(piece.codes) for piece in pieces), *first.shape[1:]), first.dtype, first.device)
+        torch.cat([piece.codes for piece in pieces], out=codes)
         return cls(codes, scale, sum(piece.out_features for piece in pieces), pieces[0].in_features)
 
 

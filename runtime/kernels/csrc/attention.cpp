@@ -1,14 +1,15 @@
 // Paged attention and the write to its cache.
 //
-// A task is a run of rows of one sequence with one head of keys: a piece of 64 keys and values is turned to float once
-// and serves every row and every query head that shares it. A row's own order of operations is fixed: products of a
-// score in order of the dimension, pieces from the first to the last, keys within a piece from the first to the last.
-// Rows of an eight-bit cache become floats as they are read; `rows.h` has their layout.
+// A task is a run of rows of one sequence with one head of keys, and goes through context in pieces of 64 keys, which serve
+// every row and every query head that shares them. A row's own order of operations is fixed: products of a score in order of
+// the dimension, pieces from the first to the last, keys within a piece from the first to the last. Keys are turned, so that
+// sixteen scores are computed side by side, four bytes at a time whatever they hold; `rows.h` has the layout of a row.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <vector>
@@ -28,57 +29,11 @@ struct Task {
 };
 
 struct Scratch {
-  std::vector<float> query, keys, values, weights, out, top, total;
+  std::vector<float> query, keys, values, weights, out, top, total, fade;
+  std::vector<const float*> q;
+  std::vector<float*> w, y;
+  std::vector<int> low, high;
 };
-
-// weights[r][0..63] = query[r] . keys, with keys [D][64].
-template <int R>
-void scores(const float* const* query, const float* keys, int64_t dim, float* const* weights) {
-  F acc[R][VECS] = {};
-  for (int64_t d = 0; d < dim; ++d) {
-    F k[VECS];
-    for (int v = 0; v < VECS; ++v) k[v] = load(keys + d * PIECE + v * LANES);
-    for (int r = 0; r < R; ++r) {
-      F q = splat(query[r][d]);
-      for (int v = 0; v < VECS; ++v) acc[r][v] = fma(q, k[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < VECS; ++v) store(weights[r] + v * LANES, acc[r][v]);
-}
-
-// out[r] = out[r] * scale[r] + weights[r] . values, over the keys low..high, for V vectors of the dimension.
-template <int R, int V>
-void blend(float* const* weights, const float* values, int64_t stride, int low, int high, float* const* out,
-           const float* scale) {
-  F acc[R][V] = {};
-  for (int j = low; j <= high; ++j) {
-    F x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(values + j * stride + v * LANES);
-    for (int r = 0; r < R; ++r) {
-      F w = splat(weights[r][j]);
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(w, x[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      float* y = out[r] + v * LANES;
-      store(y, fma(load(y), splat(scale[r]), acc[r][v]));
-    }
-}
-
-template <int R>
-void blend_all(float* const* weights, const float* values, int64_t padded, int low, int high, float* const* out,
-               const float* scale) {
-  int64_t d = 0;
-  float* at[R];
-  auto move = [&] {
-    for (int r = 0; r < R; ++r) at[r] = out[r] + d;
-  };
-  for (; d + 4 * LANES <= padded; d += 4 * LANES)
-    move(), blend<R, 4>(weights, values + d, padded, low, high, at, scale);
-  for (; d < padded; d += LANES) move(), blend<R, 1>(weights, values + d, padded, low, high, at, scale);
-}
 
 struct Shape {
   int64_t heads, kv_heads, dim, padded, block, max_blocks, blocks;
@@ -86,55 +41,203 @@ struct Shape {
   int64_t window;
 };
 
-// Keys low..high of a piece as [D][64] and its values as [64][D], in float; blocks that aren't there are zero, as no row
-// that asks for them is let in. Asks for the next piece's, up to `last`, meanwhile.
+// Where a piece's keys and values lie, by their number in it, and the first of the next piece's.
 template <class C>
-void read_piece(const Shape& s, const int32_t* table, int64_t base, int low, int high, int64_t last, int64_t kv,
-                const C* key_cache, const C* value_cache, Scratch& m) {
-  const int64_t width = row_width<C>(s.dim);
-  auto slot = [&](int64_t place) {
-    const int64_t block = table[place / s.block];
-    return block >= 0 && block < s.blocks ? ((block * s.kv_heads + kv) * s.block + place % s.block) * width : -1;
-  };
-  for (int first = 0; first < PIECE; first += LANES) {
-    const C* key[LANES];
-    F step[LANES];
-    for (int i = 0; i < LANES; ++i) {
-      const int j = first + i;
-      const int64_t at = j >= low && j <= high ? slot(base + j) : -1;
-      const int64_t next = base + j + PIECE <= last ? slot(base + j + PIECE) : -1;
-      key[i] = at >= 0 ? key_cache + at : nullptr;
-      step[i] = splat(at >= 0 ? scale_of(key_cache + at, s.dim) : 0.0f);
-      const F value_step = splat(at >= 0 ? scale_of(value_cache + at, s.dim) : 0.0f);
-      float* values = m.values.data() + j * s.padded;
-      for (int64_t d = 0; next >= 0 && d < s.dim; d += 64 / int64_t(sizeof(C))) {
-        __builtin_prefetch(key_cache + next + d);
-        __builtin_prefetch(value_cache + next + d);
-      }
-      for (int64_t d = 0; d < s.dim; d += LANES)
-        store(values + d, at >= 0 ? load(value_cache + at + d, int(std::min<int64_t>(LANES, s.dim - d))) * value_step : F{});
-    }
-    for (int64_t d = 0; d < s.dim; d += LANES) {
-      const int n = int(std::min<int64_t>(LANES, s.dim - d));
-      F x[LANES];
-      for (int i = 0; i < LANES; ++i) x[i] = key[i] ? load(key[i] + d, n) * step[i] : F{};
-      transpose(x);
-      for (int i = 0; i < LANES; ++i) store(m.keys.data() + (d + i) * PIECE + first, x[i]);
+struct Piece {
+  const C *key[PIECE + LANES], *value[PIECE + LANES];  // null: not in a block that is there, or after the last
+  float key_step[PIECE + LANES], value_step[PIECE];
+};
+
+// Finds a piece's keys from `base + low` to `last`.
+template <class C>
+void find(const Shape& s, const int32_t* table, int64_t base, int low, int64_t last, int64_t kv, const C* key_cache,
+          const C* value_cache, Piece<C>& piece) {
+  const int64_t width = row_width<C>(s.dim), end = std::min<int64_t>(PIECE + LANES, last - base + 1);
+  std::fill(piece.key, piece.key + PIECE + LANES, nullptr);
+  std::fill(piece.value, piece.value + PIECE + LANES, nullptr);
+  int64_t number = (base + low) / s.block, within = (base + low) % s.block;
+  for (int64_t j = low; j < end; ++number, within = 0) {
+    const int64_t block = table[number], run = std::min(end, j + s.block - within);
+    int64_t at = ((block * s.kv_heads + kv) * s.block + within) * width;
+    for (; j < run; ++j, at += width) {
+      if (block < 0 || block >= s.blocks) continue;
+      piece.key[j] = key_cache + at;
+      piece.value[j] = value_cache + at;
+      if constexpr (is_eight<C>)
+        if (j < PIECE) piece.key_step[j] = scale_of(key_cache + at, s.dim), piece.value_step[j] = scale_of(value_cache + at, s.dim);
     }
   }
+}
+
+// Keys low..high and what is in their vectors of sixteen, in four bytes each, as [D * sizeof(C) / 4][64]; zero where there are
+// none. Sixteen rows fill what a core can have under way of memory: so while some are turned, the next are asked for.
+template <class C>
+void turn_keys(const Shape& s, int low, int high, const Piece<C>& piece, float* turned) {
+  const int64_t bytes = s.dim * int64_t(sizeof(C)), units = s.padded * int64_t(sizeof(C)) / 4;
+  for (int first = low / LANES * LANES; first <= high; first += LANES) {
+    for (int j = first; j < first + LANES; ++j)
+      for (int64_t d = 0; d < bytes; d += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(piece.key[j + LANES]) + d);
+        __builtin_prefetch(reinterpret_cast<const char*>(piece.value[j]) + d);
+      }
+    const char* key[LANES];
+    bool whole = true;
+    for (int i = 0; i < LANES; ++i) {
+      key[i] = first + i <= high ? reinterpret_cast<const char*>(piece.key[first + i]) : nullptr;
+      whole = whole && key[i];
+    }
+    for (int64_t u = 0; u < units; u += LANES) {
+      const int64_t rest = bytes - 4 * u;
+      F x[LANES];
+      if (whole && rest >= 64) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) x[i] = read<F>(key[i] + 4 * u);
+      } else {
+        for (int i = 0; i < LANES; ++i) x[i] = key[i] ? read_bytes(key[i] + 4 * u, rest) : F{};
+      }
+      transpose(x);
+      float* to = turned + u * PIECE + first;
+      if (units - u >= LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) store(to + i * PIECE, x[i]);
+      } else {
+        for (int i = 0; i < units - u; ++i) store(to + i * PIECE, x[i]);
+      }
+    }
+  }
+}
+
+// Values low..high as floats, each with its step.
+template <class C>
+void widen_values(const Shape& s, int low, int high, const Piece<C>& piece, float* const* values) {
+  for (int j = low; j <= high; ++j)
+    for (int64_t d = 0; piece.value[j] && d < s.dim; d += LANES) {
+      const F x = load(piece.value[j] + d, int(std::min<int64_t>(LANES, s.dim - d)));
+      store(values[j] + d, is_eight<C> ? x * splat(piece.value_step[j]) : x);
+    }
+}
+
+// weights[r][0..16 V) = query[r] . keys, turned, times their steps.
+template <int R, int V, class C>
+QUASAR_INLINE void scores(const float* const* query, const float* turned, const float* step, int64_t padded,
+                          float* const* weights, int at) {
+  constexpr int PER = 4 / sizeof(C);
+  F acc[R][V] = {};
+  for (int64_t u = 0; u < padded / PER; ++u) {
+    F unit[V];
+    for (int v = 0; v < V; ++v) unit[v] = load(turned + u * PIECE + at + v * LANES);
+#pragma GCC unroll 4
+    for (int e = 0; e < PER; ++e) {
+      F k[V];
+      for (int v = 0; v < V; ++v) {
+        k[v] = part_of<C>(bits<U>(unit[v]), e);
+        if constexpr (is_eight<C>) k[v] = k[v] * load(step + at + v * LANES);
+      }
+      for (int r = 0; r < R; ++r) {
+        const F q = splat(query[r][u * PER + e]);
+        for (int v = 0; v < V; ++v) acc[r][v] = fma(q, k[v], acc[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(weights[r] + at + v * LANES, acc[r][v]);
+}
+
+// Of vectors of keys first..last.
+template <int R, class C>
+void scores_of(const float* const* query, const float* turned, const float* step, int64_t padded, float* const* weights,
+               int first, int last) {
+  if (last - first + 1 == VECS) return scores<R, VECS, C>(query, turned, step, padded, weights, 0);
+  for (int v = first; v <= last; ++v) scores<R, 1, C>(query, turned, step, padded, weights, v * LANES);
+}
+
+// out[r] = out[r] * fade[r] + weights[r] . values, over the keys low..high, for V vectors of the dimension from d on.
+template <int R, int V, class C>
+QUASAR_INLINE void blend(float* const* weights, const C* const* values, const float* step, int64_t d, int low, int high,
+                         float* const* out, const float* fade) {
+  F acc[R][V] = {};
+  for (int j = low; j <= high; ++j) {
+    F x[V];
+    for (int v = 0; v < V; ++v) {
+      x[v] = load(values[j] + d + v * LANES);
+      if constexpr (is_eight<C>) x[v] = x[v] * splat(step[j]);
+    }
+    for (int r = 0; r < R; ++r) {
+      const F w = splat(weights[r][j]);
+      for (int v = 0; v < V; ++v) acc[r][v] = fma(w, x[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      float* y = out[r] + d + v * LANES;
+      store(y, fma(load(y), splat(fade[r]), acc[r][v]));
+    }
+}
+
+template <int R, class C>
+void blend_all(float* const* weights, const C* const* values, const float* step, int64_t padded, int low, int high,
+               float* const* out, const float* fade) {
+  constexpr int V = R <= 2 ? 8 : 4;  // sums side by side: enough to keep multipliers busy, few enough for registers
+  int64_t d = 0;
+  for (; d + V * LANES <= padded; d += V * LANES) blend<R, V>(weights, values, step, d, low, high, out, fade);
+  for (; d < padded; d += LANES) blend<R, 1>(weights, values, step, d, low, high, out, fade);
+}
+
+// Rows go together where they see the same keys; what a row doesn't see isn't touched, be it NaN.
+template <class C>
+void blend_rows(const Shape& s, int64_t active, const C* const* values, const float* step, Scratch& m) {
+  for (int64_t a = 0; a < active;) {
+    const int low = m.low[a], high = m.high[a];
+    int64_t same = 1;
+    while (same < 4 && a + same < active && m.low[a + same] == low && m.high[a + same] == high) ++same;
+    if (same == 4)
+      blend_all<4>(&m.w[a], values, step, s.padded, low, high, &m.y[a], &m.fade[a]);
+    else if (same >= 2)
+      blend_all<2>(&m.w[a], values, step, s.padded, low, high, &m.y[a], &m.fade[a]), same = 2;
+    else
+      blend_all<1>(&m.w[a], values, step, s.padded, low, high, &m.y[a], &m.fade[a]);
+    a += same;
+  }
+}
+
+// Scores become weights, and what is summed so far gets its factor.
+void soften(const Shape& s, int64_t a, Scratch& m) {
+  const int64_t c = (m.w[a] - m.weights.data()) / PIECE;
+  F x[VECS], top = splat(-INFINITY);
+  for (int v = 0; v < VECS; ++v) {
+    const I lane = I{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + int32_t(v * LANES);
+    x[v] = load(m.w[a] + v * LANES) * splat(s.scale);
+    if (s.cap > 0) x[v] = splat(s.cap) * tanh(x[v] / splat(s.cap));
+    x[v] = (lane >= m.low[a]) & (lane <= m.high[a]) ? x[v] : splat(-INFINITY);
+    top = max(top, x[v]);
+  }
+  const float old = m.top[c], now = std::max(old, max(top));
+  F part = {};
+  for (int v = 0; v < VECS; ++v) {
+    x[v] = exp(x[v] - splat(now));
+    part = part + x[v];
+    store(m.w[a] + v * LANES, x[v]);
+  }
+  m.fade[a] = exp(old - now);
+  m.total[c] = m.total[c] * m.fade[a] + sum(part);
+  m.top[c] = now;
 }
 
 template <class T, class C>
 void run_task(const Shape& s, const Task& task, int64_t kv, const T* query, const C* key_cache, const C* value_cache,
               const int32_t* table, const int32_t* positions, const float* sinks, T* result, Scratch& m) {
   const int64_t share = s.heads / s.kv_heads, rows = task.end - task.begin, count = rows * share;
-  m.query.resize(count * s.dim);
+  // Values that many rows want, or that don't fill vectors, are made floats once.
+  const bool direct = count <= 16 && s.dim % LANES == 0;
+  m.query.assign(count * s.padded, 0.0f);
   m.weights.resize(count * PIECE);
   m.out.assign(count * s.padded, 0.0f);
   m.top.assign(count, -INFINITY);
   m.total.assign(count, 0.0f);
   m.keys.resize(s.padded * PIECE);
   m.values.resize(PIECE * s.padded);
+  for (auto* each : {&m.low, &m.high}) each->resize(count);
+  m.q.resize(count), m.w.resize(count), m.y.resize(count), m.fade.resize(count);
   int64_t first = INT64_MAX, last = -1;
   auto start = [&](int64_t i) {
     const int64_t p = positions[task.begin + i];
@@ -147,14 +250,13 @@ void run_task(const Shape& s, const Task& task, int64_t kv, const T* query, cons
     last = std::max(last, p);
     for (int64_t h = 0; h < share; ++h)
       for (int64_t d = 0; d < s.dim; ++d)
-        m.query[(i * share + h) * s.dim + d] = float(query[((task.begin + i) * s.heads + kv * share + h) * s.dim + d]);
+        m.query[(i * share + h) * s.padded + d] = float(query[((task.begin + i) * s.heads + kv * share + h) * s.dim + d]);
   }
-  std::vector<const float*> q(count);
-  std::vector<float*> w(count), y(count);
-  std::vector<float> fade(count);
-  std::vector<int> low(count), high(count);  // the keys of the piece that a row sees
-  for (int64_t piece = last < 0 ? 1 : first / PIECE; piece * PIECE <= last; ++piece) {
-    const int64_t base = piece * PIECE;
+  Piece<C> piece;
+  float* values[PIECE];
+  for (int j = 0; j < PIECE; ++j) values[j] = m.values.data() + j * s.padded;
+  for (int64_t number = last < 0 ? 1 : first / PIECE; number * PIECE <= last; ++number) {
+    const int64_t base = number * PIECE;
     int64_t active = 0;
     int least = PIECE, most = -1;
     for (int64_t i = 0; i < rows; ++i) {
@@ -162,55 +264,32 @@ void run_task(const Shape& s, const Task& task, int64_t kv, const T* query, cons
       if (p < base || from >= base + PIECE) continue;
       for (int64_t h = 0; h < share; ++h, ++active) {
         const int64_t c = i * share + h;
-        q[active] = m.query.data() + c * s.dim;
-        w[active] = m.weights.data() + c * PIECE;
-        y[active] = m.out.data() + c * s.padded;
-        low[active] = int(std::max<int64_t>(from - base, 0));
-        high[active] = int(std::min<int64_t>(p - base, PIECE - 1));
-        least = std::min(least, low[active]);
-        most = std::max(most, high[active]);
+        m.q[active] = m.query.data() + c * s.padded;
+        m.w[active] = m.weights.data() + c * PIECE;
+        m.y[active] = m.out.data() + c * s.padded;
+        m.low[active] = int(std::max<int64_t>(from - base, 0));
+        m.high[active] = int(std::min<int64_t>(p - base, PIECE - 1));
+        least = std::min(least, m.low[active]);
+        most = std::max(most, m.high[active]);
       }
     }
     if (!active) continue;
-    read_piece(s, table, base, least, most, last, kv, key_cache, value_cache, m);
+    find(s, table, base, least, last, kv, key_cache, value_cache, piece);
+    turn_keys(s, least, most, piece, m.keys.data());
+    auto score = [&]<int R>(int64_t a) {
+      scores_of<R, C>(&m.q[a], m.keys.data(), piece.key_step, s.padded, &m.w[a], least / LANES, most / LANES);
+    };
     int64_t a = 0;
-    for (; a + 4 <= active; a += 4) scores<4>(&q[a], m.keys.data(), s.dim, &w[a]);
-    for (; a + 2 <= active; a += 2) scores<2>(&q[a], m.keys.data(), s.dim, &w[a]);
-    for (; a < active; ++a) scores<1>(&q[a], m.keys.data(), s.dim, &w[a]);
-    for (a = 0; a < active; ++a) {
-      const int64_t c = (w[a] - m.weights.data()) / PIECE;
-      F x[VECS], top = splat(-INFINITY);
-      for (int v = 0; v < VECS; ++v) {
-        const I lane = I{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + int32_t(v * LANES);
-        x[v] = load(w[a] + v * LANES) * splat(s.scale);
-        if (s.cap > 0) x[v] = splat(s.cap) * tanh(x[v] / splat(s.cap));
-        x[v] = (lane >= low[a]) & (lane <= high[a]) ? x[v] : splat(-INFINITY);
-        top = max(top, x[v]);
-      }
-      const float old = m.top[c], now = std::max(old, max(top));
-      F part = {};
-      for (int v = 0; v < VECS; ++v) {
-        x[v] = exp(x[v] - splat(now));
-        part = part + x[v];
-        store(w[a] + v * LANES, x[v]);
-      }
-      fade[a] = exp(old - now);
-      m.total[c] = m.total[c] * fade[a] + sum(part);
-      m.top[c] = now;
+    for (; a + 4 <= active; a += 4) score.template operator()<4>(a);
+    for (; a + 2 <= active; a += 2) score.template operator()<2>(a);
+    for (; a < active; ++a) score.template operator()<1>(a);
+    for (a = 0; a < active; ++a) soften(s, a, m);
+    if (direct) {
+      blend_rows(s, active, piece.value, piece.value_step, m);
+      continue;
     }
-    // Rows go together where they see the same keys; what a row doesn't see isn't touched, be it NaN.
-    for (a = 0; a < active;) {
-      int64_t same = 1;
-      while (same < 4 && a + same < active && low[a + same] == low[a] && high[a + same] == high[a]) ++same;
-      const float* values = m.values.data();
-      if (same == 4)
-        blend_all<4>(&w[a], values, s.padded, low[a], high[a], &y[a], &fade[a]);
-      else if (same >= 2)
-        blend_all<2>(&w[a], values, s.padded, low[a], high[a], &y[a], &fade[a]), same = 2;
-      else
-        blend_all<1>(&w[a], values, s.padded, low[a], high[a], &y[a], &fade[a]);
-      a += same;
-    }
+    widen_values(s, least, most, piece, values);
+    blend_rows<float>(s, active, values, nullptr, m);
   }
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t h = 0; h < share; ++h) {
@@ -270,7 +349,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
       auto* y = static_cast<T*>(out.mutable_data_ptr());
       std::atomic<int64_t> next{0};  // tasks are uneven: a thread takes the next one when it is done
       at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), all), 1, [&](int64_t, int64_t) {
-        Scratch scratch;
+        static thread_local Scratch scratch;
         for (int64_t i; (i = next.fetch_add(1)) < all;) {
           const Task& task = tasks[i / s.kv_heads];
           run_task(s, task, i % s.kv_heads, q, k, v, table + std::max<int64_t>(row[task.begin], 0) * s.max_blocks, position,

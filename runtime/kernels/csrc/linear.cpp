@@ -24,7 +24,7 @@ namespace {
 constexpr int ROWS = 64;   // of activations, at a time
 constexpr int MICRO = 8;   // of these in registers
 constexpr int64_t STACK = ROWS * LANES;
-constexpr int64_t AHEAD = 2048;  // bytes a weight is asked for before it is needed
+constexpr int64_t AHEAD = 8192;  // bytes a weight is asked for before it is needed
 
 struct Codes {
   std::vector<int8_t> code;   // [M, K]
@@ -56,9 +56,7 @@ Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
           const B b = narrow(c);
           std::memcpy(to + k, &b, n);
         }
-        int32_t sum = 0;
-        for (int i = 0; i < LANES; ++i) sum += total[i];
-        q.sum[g * rows + m] = float(sum);
+        q.sum[g * rows + m] = float(sum(total));
         q.scale[g * rows + m] = how.scale;
       }
   });
@@ -68,7 +66,7 @@ Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
 // One group of one tile for R rows: sum[r] = the exact sum of code times activation.
 template <int R, bool FOUR>
 QUASAR_INLINE void products(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, I* sum) {
-  constexpr int CHAINS = R <= 4 ? 2 : 1;
+  constexpr int CHAINS = R <= (REGISTERS == 32 ? 8 : 4) ? 2 : 1;  // sums side by side, as each waits for the one before
   I acc[CHAINS][R] = {};
   for (int64_t s = 0; s < steps; ++s) {
     const I w = read<I>(weight + s * 64);

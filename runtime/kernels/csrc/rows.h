@@ -24,9 +24,19 @@ int64_t row_width(int64_t dim) {
 }
 
 QUASAR_INLINE F load(const Int8* p) { return to_float((widen(read<B>(p)) ^ 0x80) - 0x80); }
-QUASAR_INLINE F load(const Float8* p) {
-  const U x = U(widen(read<B>(p)));  // as a half, whose exponents begin eight lower
+QUASAR_INLINE F of_float8(U x) {  // as a half, whose exponents begin eight lower
   return from_half(narrow((x & 0x80u) << 8 | (x & 0x7fu) << 7)) * splat(256.0f);
+}
+QUASAR_INLINE F load(const Float8* p) { return of_float8(U(widen(read<B>(p)))); }
+
+// The number that each lane's four bytes hold as number e.
+template <class C>
+QUASAR_INLINE F part_of(U x, int e) {
+  if constexpr (std::is_same_v<C, float>) return bits<F>(x);
+  if constexpr (std::is_same_v<C, c10::BFloat16>) return bits<F>(e ? x & 0xffff0000u : x << 16);
+  if constexpr (std::is_same_v<C, c10::Half>) return from_half(narrow(e ? x >> 16 : x & 0xffffu));
+  if constexpr (std::is_same_v<C, Int8>) return to_float(I(x << (24 - 8 * e)) >> 24);
+  if constexpr (std::is_same_v<C, Float8>) return of_float8(x >> (8 * e) & 0xffu);
 }
 
 QUASAR_INLINE void store(Int8* p, F x) {

@@ -26,6 +26,11 @@ typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint8_t B __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
+#if defined(__AVX512F__)
+constexpr int REGISTERS = 32;  // for vectors
+#else
+constexpr int REGISTERS = 16;
+#endif
 
 #define QUASAR_INLINE inline __attribute__((always_inline))
 
@@ -123,20 +128,30 @@ QUASAR_INLINE void store(T* p, F x, int n) {
   for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
 
-// Sums and maxima over the lanes, always folded by halves.
-QUASAR_INLINE float sum(F x) {
-  float v[LANES];
-  std::memcpy(v, &x, sizeof(v));
-  for (int h = LANES / 2; h; h /= 2)
-    for (int i = 0; i < h; ++i) v[i] += v[i + h];
-  return v[0];
+// The first n of 64 bytes; the others are zero.
+QUASAR_INLINE F read_bytes(const char* p, int64_t n) {
+  if (n >= int64_t(sizeof(F))) return read<F>(p);
+  F x = {};
+  std::memcpy(&x, p, n);
+  return x;
 }
-QUASAR_INLINE float max(F x) {
-  float v[LANES];
-  std::memcpy(v, &x, sizeof(v));
-  for (int h = LANES / 2; h; h /= 2)
-    for (int i = 0; i < h; ++i) v[i] = v[i] > v[i + h] ? v[i] : v[i + h];
-  return v[0];
+
+// Sums and maxima over the lanes, always folded by halves.
+template <class V, class Function>
+QUASAR_INLINE auto fold(V x, const Function& f) {
+  typedef int32_t M __attribute__((vector_size(64)));
+  const M lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half; half /= 2) x = f(x, __builtin_shuffle(x, lane + half));
+  return x[0];
+}
+template <class V>
+QUASAR_INLINE auto sum(V x) {
+  return fold(x, [](V a, V b) { return a + b; });
+}
+template <class V>
+QUASAR_INLINE auto max(V x) {
+  return fold(x, [](V a, V b) { return a > b ? a : b; });
 }
 
 // Rows become columns: four rounds of interleaving the first eight vectors with the last eight.
@@ -204,8 +219,7 @@ struct Rounding {
       const U u = bits<U>(load(x + k, int(std::min<int64_t>(LANES, count - k)))) & 0x7fffffffu;
       top = u > top ? u : top;
     }
-    uint32_t largest = 0;
-    for (int i = 0; i < LANES; ++i) largest = std::max<uint32_t>(largest, top[i]);
+    const uint32_t largest = max(top);
     const float amax = bits<float>(largest);
     const bool finite = largest < 0x7f800000u, some = finite && amax >= 0x1p-100f;
     return {some, splat(some ? most / amax : 0.0f), some ? amax / most : finite ? 0.0f : NAN};
