@@ -25,7 +25,7 @@ def longest(config: PretrainedConfig) -> int:
     known: int = config.max_position_embeddings
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
-    if kind in ("linear", "dynamic"):
+    if kind in ("linear", "dynamic", "proportional"):
         return int(known * factor)
     if kind == "yarn":  # some configs count the stretched positions already, others don't
         return max(known, int(rope.get("original_max_position_embeddings", known) * factor))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, config_of, logits_on, make, on_ranks, reference, save
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from runtime.checkpoint import ModelError
 from runtime.comm import Solo
@@ -24,7 +25,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
     "longrope": LONG | {"original_max_position_embeddings": 32, "factor": 4.0},
     "llama3": {"factor": 4.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "proportional": {"factor": 4.0, "partial_rotary_factor": 0.5},
 }
+
+
+def test_no_kind_of_scaling_is_left_out() -> None:
+    assert set(ROPE_INIT_FUNCTIONS) - {"default"} <= set(KINDS)
 
 
 def scaled(kind: str, known: int) -> dict[str, Any]:
@@ -36,7 +42,7 @@ def scaled(kind: str, known: int) -> dict[str, Any]:
 def test_a_sequence_as_long_as_the_run_allows_is_that_of_transformers(kind: str, seed: int, tmp_path: Path) -> None:
     """Below the length of training, and far above it."""
     rng = random.Random(seed)
-    model = make("llama", seed, **scaled(kind, 32 if kind in ("linear", "dynamic", "yarn") else 128))
+    model = make("llama", seed, **scaled(kind, 32 if kind not in ("longrope", "llama3") else 128))
     save(model, tmp_path)
     for length in (30, 128):
         tokens = [rng.randrange(VOCABULARY) for _ in range(length)]
@@ -60,6 +66,7 @@ def test_angles_do_not_depend_on_the_company(kind: str, seed: int, tmp_path: Pat
         ({"rope_type": "default"}, 64),
         ({"rope_type": "linear", "factor": 4.0}, 256),
         ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "proportional", "factor": 4.0, "partial_rotary_factor": 0.5}, 256),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
         ({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16} | LONG, 64),
