@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -72,7 +73,8 @@ def understand(raw: dict[str, Any], directory: str) -> PretrainedConfig:
         else:
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises KeyError, ValueError, OSError, TypeError and validation errors
-        raise ModelError(f"{directory}/config.json describes no model transformers can build: {error}") from error
+        what = f"{directory}/config.json describes no model transformers {transformers.__version__} can build"
+        raise ModelError(f"{what}: {error}") from error
     kind = config.model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{kind} is no model for text generation in transformers")

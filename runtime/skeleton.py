@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -61,8 +62,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, length: int | N
     try:
         with _BUILDING, _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"transformers cannot build a {config.model_type} for text generation: {error}") from error
+    except Exception as error:  # whatever a model's own code does with sizes that it doesn't expect
+        what = f"transformers {transformers.__version__} cannot build a {config.model_type} of this config.json"
+        raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
     check_parts(model)
     with _BUILDING:
         REWORKED.get(config.model_type, lambda _: None)(model)

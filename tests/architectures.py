@@ -40,7 +40,9 @@ SWITCHES = {"sliding_window", "q_lora_rank", "n_inner", "rotary_dim"}  # which a
 LATENT = {"num_key_value_heads": 8, "head_dim": 8}  # every head has keys of its own; head_dim is what turns of it
 # What else an architecture needs to be small, or to have all its parts.
 OTHERS: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [5, 5, 6]}},
+    },
     "codegen": {"head_dim": None, "num_key_value_heads": None},
     "helium": {"head_dim": 16},
     "gemma3n_text": {
@@ -49,6 +51,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "dots1": {"n_shared_experts": 1},
     "flint": {"mlp_only_layers": [0]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {
         "attention_chunk_size": 8, "floor_scale": 5, "attn_scale": 0.5, "no_rope_layers": [1, 0], "moe_layers": [0],
         "intermediate_size_mlp": 160,

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "truncated file": (truncate, ("safetensors cannot be used", "download the model again")),
     "absent file": (lose, ("is not there", INDEX)),
     "other shapes": (configure(intermediate_size=192), ("gate_proj.weight", "is [160, 64], its config.json makes it [192,")),
+    "impossible size": (configure(vocab_size=-1), ("transformers", "cannot build a llama", "RuntimeError: ")),
     "unknown method": (quantised(quant_method="bitsandbytes"), ("quant_method", "'bitsandbytes'; read here")),
     "three bits": (quantised(quant_method="gptq", bits=3, group_size=32), ("config.bits", "is 3; read here: 4 or 8")),
     "rounded activations": (compressed({"num_bits": 8}, group={"input_activations": {"num_bits": 8}}), ("input_activations",)),
