@@ -109,9 +109,7 @@ def measure(model: Model, cell: Cell) -> Timing:
     wall = (time.perf_counter() - start) / (LEASES * LEASE)
     on_device = statistics.median(span() for span in spans)
     kv = 2 * model.cache_shape.layers * model.cache_shape.kv_heads * model.cache_shape.head_dim * model.dtype.itemsize
-    table: torch.Tensor = model.module.get_input_embeddings().weight  # type: ignore[assignment]
-    table_bytes = 0 if model.module.config.tie_word_embeddings else table.nbytes
-    nbytes = model.weight_bytes - table_bytes + cell.batch * cell.context * kv
+    nbytes = model.bytes_read + cell.batch * cell.context * kv
     return Timing(wall, _host(resident, sequences), max(0.0, 1 - on_device / wall), nbytes)
 
 

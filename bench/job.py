@@ -8,7 +8,6 @@ five minutes for the smallest shape; each list on the command line cuts the rest
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import sys
@@ -50,25 +49,13 @@ class Case:
 
 
 def bytes_read(weights: str, given: argparse.Namespace) -> int:
-    """Bytes of weights that a round reads, over all ranks: every product's, and of the embedding next to nothing."""
+    """Bytes of weights that a round reads, over all ranks."""
     from configs.schema import ModelConfig
     from runtime.comm import Solo
-    from runtime.linear import RowParallel, Siblings
     from runtime.model import load_model
 
     changes = {name.removeprefix("model."): value for name, value in WEIGHTS[weights].items()}
-    model = load_model(ModelConfig(target=str(given.model), group_size=given.group_size, **changes), Solo(), "cpu")
-    layers = model.decoder.layers if model.decoder is not None else list(model.module.modules())
-    found: dict[int, int] = {}
-    for part in [*(x for layer in layers for x in vars(layer).values()), *model.module.modules()]:
-        siblings = getattr(part, "siblings", part)
-        if isinstance(siblings, Siblings):
-            found[id(siblings)] = siblings.nbytes
-        elif isinstance(part, RowParallel):
-            found[id(part)] = part.product.nbytes
-    del model
-    gc.collect()
-    return sum(found.values())
+    return load_model(ModelConfig(target=str(given.model), group_size=given.group_size, **changes), Solo(), "cpu").bytes_read
 
 
 def measure(cases: list[Case], given: argparse.Namespace, scratch: Path) -> dict[Case, list[Outcome]]:

@@ -3,8 +3,8 @@
     python -m bench.kernels --threads 1 --rows 1 2 4 8 16 64
 
 A product's time means little without what it must read: every contender cycles through so many copies of its weight
-(`--cold` bytes in all) that none is still in a cache when its turn comes again. Where a virtual machine shows a whole
-socket's L3, of which neighbours use an unknown part, that is the honest case. Medians of interleaved runs.
+(`--cold` bytes in all, in huge pages as a model's) that none is still in a cache when its turn comes again. Where a virtual
+machine shows a whole socket's L3, of which neighbours use an unknown part, that is the honest case. Medians of turns.
 """
 
 import argparse
@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.machine import read_bandwidth
 from bench.tables import table
 from runtime import kernels
+from runtime.pages import Pages
 from runtime.quantize import int4, int8
 
 Run = Callable[[Tensor, int], object]  # (x, turn)
@@ -37,17 +39,6 @@ def interleaved(runs: dict[str, Callable[[int], object]], repeats: int) -> dict[
     return {name: statistics.median(t[2:]) for name, t in times.items()}
 
 
-def bandwidth(size: int) -> float:
-    """GB/s of reading `size` bytes once, the best of five."""
-    block = torch.ones(size // 8, dtype=torch.int64)
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        block.sum()
-        best = max(best, block.nbytes / (time.perf_counter() - start) / 1e9)
-    return best
-
-
 def contenders(outputs: int, inputs: int, group: int, cold: int) -> dict[str, tuple[Run, int]]:
     """name -> (product, bytes of its weight), for the CPU. A GPU's would stand beside it with the same names."""
     module = kernels.select(torch.device("cpu"))
@@ -55,15 +46,19 @@ def contenders(outputs: int, inputs: int, group: int, cold: int) -> dict[str, tu
     four = int4.quantize(w, group, symmetric=True)
     eight = int8.quantize(w)
     result: dict[str, tuple[Run, int]] = {}
+    pages = Pages()
 
     def copies(size: int) -> range:
         return range(max(2, -(-cold // size)))
 
-    dense = [w.bfloat16().clone() for _ in copies(w.numel() * 2)]
+    def copy(x: Tensor) -> Tensor:
+        return pages.empty(x.shape, x.dtype).copy_(x)
+
+    dense = [copy(w.bfloat16()) for _ in copies(w.numel() * 2)]
     result["bf16 linear"] = (functools.partial(_turn, torch.nn.functional.linear, dense), dense[0].nbytes)
     codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(four.codes.int(), 1)
     scales = torch.stack([four.scale.t(), torch.zeros_like(four.scale.t())], dim=-1).bfloat16().contiguous()
-    packed = [(codes.clone(), scales.clone()) for _ in copies(codes.nbytes + scales.nbytes)]
+    packed = [(copy(codes), copy(scales)) for _ in copies(codes.nbytes + scales.nbytes)]
 
     def torch_int4(x: Tensor, pack: tuple[Tensor, Tensor]) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, pack[0], group, pack[1])
@@ -71,10 +66,10 @@ def contenders(outputs: int, inputs: int, group: int, cold: int) -> dict[str, tu
     result["torch int4"] = (functools.partial(_turn, torch_int4, packed), codes.nbytes + scales.nbytes)
     for activations in ("int8", "16bit"):
         first = module.pack_int4(four, activations)
-        own = [dataclasses.replace(first, codes=first.codes.clone()) for _ in copies(first.nbytes)]
+        own = [dataclasses.replace(first, codes=copy(first.codes)) for _ in copies(first.nbytes)]
         result[f"int4, {activations}"] = (functools.partial(_turn, module.int4_linear, own), first.nbytes)
     head = module.pack_int8(eight)
-    heads = [dataclasses.replace(head, codes=head.codes.clone()) for _ in copies(head.nbytes)]
+    heads = [dataclasses.replace(head, codes=copy(head.codes)) for _ in copies(head.nbytes)]
     result["int8 head"] = (functools.partial(_turn, module.int8_linear, heads), head.nbytes)
     return result
 
@@ -125,7 +120,7 @@ def main() -> None:
     runs = contenders(options.outputs, options.inputs, options.group, int(options.cold * 2**30))
     for threads in sorted(set(options.threads)):
         torch.set_num_threads(threads)
-        read = bandwidth(1 << 30)
+        read = read_bandwidth(threads) / 1e9
         floor = ", ".join(f"{name} {size / read / 1e6:.2f}" for name, (_, size) in runs.items())
         print(f"**{threads} thread{'s' * (threads > 1)}**: reads {read:.1f} GB/s, so at least (ms): {floor}\n")
         lines = []

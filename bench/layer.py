@@ -2,7 +2,8 @@
 
 A model of Qwen3-0.6B's shape. A pass of N rows checks the last N tokens of one sequence with `--context` tokens in
 the cache; transformers' bfloat16 model, which has no paged cache, is given the same with its own cache, cropped after
-every pass. Medians of interleaved turns.
+every pass. Medians of interleaved turns. How fast weights are read stands beside what the machine can read, the most of
+several tries in the same run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from bench.enlarge import SOURCE, enlarge
+from bench.machine import read_bandwidth
 from bench.shapes import SHAPES
 from configs.schema import ModelConfig
 from runtime.batch import Batch, Piece
@@ -74,15 +76,16 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 class Timed:
-    """The extension's operations, which add up the seconds that calls take."""
+    """The extension's operations, and a layer's in two calls: where they stand, for a while, with the seconds they take."""
 
-    def __init__(self, operations: Any) -> None:
+    def __init__(self) -> None:
+        from runtime.kernels import cpu, halves
+
         self.seconds = 0.0
-        self._operations = operations
+        self._places: list[tuple[Any, str, Any]] = [(halves, "_attention", halves._attention), (halves, "_mlp", halves._mlp)]
+        self._places.append((cpu, "_ops", cpu._ops))
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        operation = getattr(self._operations, name)
-
+    def _timed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             start = time.perf_counter()
             result = operation(*arguments)
@@ -91,22 +94,28 @@ class Timed:
 
         return call
 
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return self._timed(getattr(self._places[-1][2], name))
+
+    def __enter__(self) -> Timed:
+        for module, name, operation in self._places:
+            setattr(module, name, self if name == "_ops" else self._timed(operation))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, name, operation in self._places:
+            setattr(module, name, operation)
+
 
 def outside(run: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Milliseconds of a pass that are not in the kernels, and of the whole pass: medians."""
-    from runtime.kernels import cpu
-
-    module: Any = cpu
-    operations, spent = module._ops, []
-    try:
-        for _ in range(repeats + 1):
-            module._ops = timed = Timed(operations)
+    spent = []
+    for _ in range(repeats + 1):
+        with Timed() as timed:
             start = time.perf_counter()
             run()
             whole = time.perf_counter() - start
-            spent.append((1e3 * (whole - timed.seconds), 1e3 * whole))
-    finally:
-        module._ops = operations
+        spent.append((1e3 * (whole - timed.seconds), 1e3 * whole))
     return statistics.median(rest for rest, _ in spent[1:]), statistics.median(whole for _, whole in spent[1:])
 
 
@@ -128,19 +137,27 @@ def main() -> None:
     print(f"{given.shape}, {given.context} tokens of context, torch {torch.__version__}, {platform.machine()}")
     for threads in given.threads:
         torch.set_num_threads(threads)
-        print(f"\n**{threads} thread{'s' * (threads > 1)}**: ms a pass, and how much faster than transformers' bf16\n")
+        print(f"\n**{threads} thread{'s' * (threads > 1)}**: ms a pass (transformers' over it; it over the first line's)\n")
         names = ["transformers bf16", *models]
         print("| rows | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+        first: dict[str, float] = {}
+        read = 0.0
         for rows in given.rows:
             runs = {names[0]: theirs(baseline, given.context, rows)}
             runs |= {name: ours(model, given.context, rows) for name, model in models.items()}
             found = interleaved(runs, given.repeats)
-            cells = [f"{ms:.1f} ({found[names[0]] / ms:.2f}x)" for ms in found.values()]
+            first = first or found
+            cells = [f"{ms:.1f} ({found[names[0]] / ms:.2f}x, {ms / first[name]:.2f})" for name, ms in found.items()]
             print(f"| {rows} | " + " | ".join(cells) + " |", flush=True)
-        print()
+            read = max(read, read_bandwidth(threads))
+        print(f"\nThe machine reads {read / 1e9:.1f} GB/s. With {given.rows[0]} row{'s' * (given.rows[0] > 1)}:\n")
         for name, model in models.items():
             rest, whole = outside(ours(model, given.context, given.rows[0]), 4 * given.repeats)
-            print(f"{name}, {given.rows[0]} row: {rest:.1f} of {whole:.1f} ms outside the kernels ({rest / whole:.0%})")
+            rate = model.bytes_read / first[name] * 1e3
+            print(
+                f"- {name}: {model.bytes_read / 1e6:.0f} MB of weights at {rate / 1e9:.1f} GB/s, {rate / read:.0%}; "
+                f"{rest:.1f} of {whole:.1f} ms outside the kernels ({rest / whole:.0%})"
+            )
 
 
 if __name__ == "__main__":
