@@ -47,9 +47,10 @@ QUASAR_INLINE F multiply_add(F weight, const float* x, F sum) {
   return fma(weight, splat(*x), sum);
 }
 
-// Words of up to 32 outputs [outputs, inputs] become [steps][32], zero where there is no output.
+// Words of up to 32 outputs [outputs, inputs] become [steps][32], zero where there is no output. `ahead` is asked for, as many
+// bytes as are read: the same part of what comes next, but from end to end, as memory is fastest.
 template <bool PAIRS, class T>
-void turn(const T* weight, int64_t inputs, int64_t outputs, int64_t steps, float* turned) {
+void turn(const T* weight, int64_t inputs, int64_t outputs, int64_t steps, const char* ahead, float* turned) {
   constexpr int EACH = PAIRS ? 2 : 1;
   for (int64_t n = 0; n < WIDE; n += LANES)
     for (int64_t s = 0; s < steps; s += LANES) {
@@ -58,7 +59,7 @@ void turn(const T* weight, int64_t inputs, int64_t outputs, int64_t steps, float
       for (int i = 0; i < LANES; ++i) {
         const T* from = weight + (n + i) * inputs + s * EACH;
         tile[i] = n + i < outputs ? words<PAIRS>(from, count) : F{};
-        __builtin_prefetch(from + CHUNK * EACH);
+        __builtin_prefetch(ahead, 0, 2), ahead += 64;
       }
       transpose(tile);
       for (int i = 0; i < count; ++i) store(turned + (s + i) * WIDE + n, tile[i]);
@@ -97,7 +98,8 @@ void by_lanes(const T* x, const T* weight, int64_t rows, int64_t inputs, int64_t
         segments.sum(stack, ROWS * WIDE, count * WIDE, [&](int64_t from, int64_t to, float* y) {
           for (int64_t k = from; k < to; k += CHUNK * EACH) {
             const int64_t steps = std::min(CHUNK, (to - k) / EACH);
-            turn<PAIRS>(weight + first * inputs + k, inputs, left, steps, turned);
+            const auto* next = reinterpret_cast<const char*>(weight + (first + WIDE) * inputs + k * WIDE);
+            turn<PAIRS>(weight + first * inputs + k, inputs, left, steps, next, turned);
             by_rows(count, [&]<int R>(int64_t r) {
               multiply<R, PAIRS>(turned, wide.data() + (m + r) * stride + k / EACH, stride, steps, y + r * WIDE);
             });
