@@ -38,6 +38,7 @@ class Case:
     drafter: str
     batch: int
     temperature: float
+    ranks: int
 
     def settings(self, given: argparse.Namespace) -> dict[str, Any]:
         """Of the configuration."""
@@ -67,7 +68,7 @@ def measure(cases: list[Case], given: argparse.Namespace, scratch: Path) -> dict
     for turn in range(given.repeats):
         for case in cases:
             requests = str(scratch / f"{case.temperature}.jsonl")
-            outcome = run_job(scratch / "job", given.ranks, case.settings(given), "--input", requests)
+            outcome = run_job(scratch / "job", case.ranks, case.settings(given), "--input", requests)
             outcomes[case].append(outcome)
             speed = outcome.summary["tokens_per_second"]
             print(f"turn {turn + 1}: {case}: {speed:.1f} tokens/s", file=sys.stderr, flush=True)
@@ -76,13 +77,13 @@ def measure(cases: list[Case], given: argparse.Namespace, scratch: Path) -> dict
 
 def report(outcomes: dict[Case, list[Outcome]], read: dict[str, int], bandwidth: float) -> str:
     """The table."""
-    head = ["weights", "drafter", "batch", "temperature", "tokens/s", "to 16-bit, no drafts", "acceptance length"]
+    head = ["weights", "drafter", "batch", "temperature", "ranks", "tokens/s", "to 16-bit, no drafts", "acceptance length"]
     head += ["same text as no drafts", "MB read a token", "share of bandwidth", "forward, ms a round", "elsewhere, ms a round"]
     rows = []
     for case, found in outcomes.items():
         speeds = [each.summary["tokens_per_second"] for each in found]
-        base = outcomes.get(Case("16-bit", "none", case.batch, case.temperature))
-        twin = outcomes.get(Case(case.weights, "none", case.batch, case.temperature))
+        base = outcomes.get(Case("16-bit", "none", case.batch, case.temperature, case.ranks))
+        twin = outcomes.get(Case(case.weights, "none", case.batch, case.temperature, case.ranks))
         ratio = statistics.median(speeds) / statistics.median(x.summary["tokens_per_second"] for x in base) if base else None
         last = found[-1]
         same = (
@@ -92,7 +93,7 @@ def report(outcomes: dict[Case, list[Outcome]], read: dict[str, int], bandwidth:
         rounds, forward = middle["rounds"], middle["seconds_by_part"]["forward"]
         share = read[case.weights] * rounds / forward / bandwidth
         rows.append([
-            case.weights, case.drafter, str(case.batch), str(case.temperature), spread(speeds),
+            case.weights, case.drafter, str(case.batch), str(case.temperature), str(case.ranks), spread(speeds),
             "-" if ratio is None else f"{ratio:.2f}", f"{middle['mean_acceptance_length']:.2f}", same,
             f"{read[case.weights] * rounds / middle['output_tokens'] / 1e6:.0f}", f"{share:.0%}",
             f"{1e3 * forward / rounds:.1f}", f"{1e3 * (middle['seconds'] - forward) / rounds:.1f}",
@@ -107,24 +108,25 @@ def parts(outcomes: dict[Case, list[Outcome]]) -> str:
         summary = found[-1].summary
         seconds = [summary["seconds_by_part"][name] for name in PARTS]
         seconds += [summary["seconds"] - sum(seconds), summary["seconds"]]
-        name = f"{case.weights}, {case.drafter}, batch {case.batch}, temperature {case.temperature}"
+        name = f"{case.weights}, {case.drafter}, batch {case.batch}, temperature {case.temperature}, {case.ranks} ranks"
         rows.append([name, *(f"{x:.2f}" for x in seconds)])
     return table(["seconds", *PARTS, "rest", "all"], rows)
 
 
 def plot(outcomes: dict[Case, list[Outcome]], path: Path, title: str) -> None:
-    """Tokens a second by batch: a panel for each temperature, a line for each of weights and drafter."""
+    """Tokens a second by batch: a panel for each temperature and number of ranks, a line for each of weights and drafter."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    temperatures = sorted({case.temperature for case in outcomes})
-    figure, axes = pyplot.subplots(1, len(temperatures), figsize=(5.5 * len(temperatures), 4), sharey=True, squeeze=False)
+    panels = sorted({(case.temperature, case.ranks) for case in outcomes})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), sharey=True, squeeze=False)
     colours = dict(zip(DRAFTERS, ("tab:gray", "tab:blue", "tab:green", "tab:orange"), strict=True))
-    for panel, temperature in zip(axes[0], temperatures, strict=True):
+    for panel, (temperature, ranks) in zip(axes[0], panels, strict=True):
         for weights, drafter in product(WEIGHTS, DRAFTERS):
-            cases = [c for c in outcomes if (c.weights, c.drafter, c.temperature) == (weights, drafter, temperature)]
+            wanted = (weights, drafter, temperature, ranks)
+            cases = [c for c in outcomes if (c.weights, c.drafter, c.temperature, c.ranks) == wanted]
             speeds = [[x.summary["tokens_per_second"] for x in outcomes[case]] for case in cases]
             if cases:
                 middle = [statistics.median(each) for each in speeds]
@@ -134,7 +136,7 @@ def plot(outcomes: dict[Case, list[Outcome]], path: Path, title: str) -> None:
                 batches = [case.batch for case in cases]
                 panel.errorbar(batches, middle, errors, label=f"{weights}, {drafter}", color=colours[drafter], ls=style,
                                marker="o", capsize=3)  # fmt: skip
-        panel.set(title=f"temperature {temperature}", xlabel="sequences at once", xscale="log", yscale="log")
+        panel.set(title=f"temperature {temperature}, {ranks} rank{'s' * (ranks > 1)}", xlabel="sequences at once", xscale="log", yscale="log")
         ticks = sorted({case.batch for case in outcomes})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.grid(alpha=0.3)
@@ -158,14 +160,14 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="that share the processor's cores")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="by default one turn, batch 1 and 4, greedy, 4 prompts, 32 tokens")
     parser.add_argument("--output", type=Path, help="where the table (.md) and the plot (.png) go; by default only printed")
     if "--quick" in sys.argv:
         parser.set_defaults(repeats=1, batch=[1, 4], temperature=[0.0], count=4, new_tokens=32)
     given = parser.parse_args()
-    cases = [Case(*each) for each in product(given.weights, given.drafters, given.batch, given.temperature)]
+    cases = [Case(*each) for each in product(given.weights, given.drafters, given.batch, given.temperature, given.ranks)]
     threads = len(os.sched_getaffinity(0))
     before = read_bandwidth(threads)
     read = {weights: bytes_read(weights, given) for weights in given.weights}
@@ -180,7 +182,7 @@ def main() -> None:
     print(text)
     if given.output:
         given.output.with_suffix(".md").write_text(text)
-        plot(outcomes, given.output.with_suffix(".png"), f"{given.model.name}, {given.ranks} ranks")
+        plot(outcomes, given.output.with_suffix(".png"), given.model.name)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Memory for what every pass reads: weights and the cache, in pages of 2 MiB where Linux has them.
 
-Such memory is read once from end to end, so with pages of 4 KiB a core looks up an address for every 64 lines of it: a
-product with few rows took a quarter longer (`python -m bench.pages`).
+Such memory is read once from end to end, so with pages of 4 KiB a core looks up an address for every 64 lines of it, and
+reading waits for that; `python -m bench.pages` shows how long.
 """
 
 from __future__ import annotations
