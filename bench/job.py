@@ -113,7 +113,7 @@ def parts(outcomes: dict[Case, list[Outcome]]) -> str:
     return table(["seconds", *PARTS, "rest", "all"], rows)
 
 
-def plot(outcomes: dict[Case, list[Outcome]], path: Path, title: str) -> None:
+def plot(outcomes: dict[Case, list[Outcome]], path: Path, heading: str) -> None:
     """Tokens a second by batch: a panel for each temperature and number of ranks, a line for each of weights and drafter."""
     import matplotlib
 
@@ -136,13 +136,14 @@ def plot(outcomes: dict[Case, list[Outcome]], path: Path, title: str) -> None:
                 batches = [case.batch for case in cases]
                 panel.errorbar(batches, middle, errors, label=f"{weights}, {drafter}", color=colours[drafter], ls=style,
                                marker="o", capsize=3)  # fmt: skip
-        panel.set(title=f"temperature {temperature}, {ranks} rank{'s' * (ranks > 1)}", xlabel="sequences at once", xscale="log", yscale="log")
+        title = f"temperature {temperature}, {ranks} rank{'s' * (ranks > 1)}"
+        panel.set(title=title, xlabel="sequences at once", xscale="log", yscale="log")
         ticks = sorted({case.batch for case in outcomes})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens/s")
     axes[0][-1].legend(fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle(heading)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
