@@ -112,12 +112,9 @@ def write_text(given: argparse.Namespace) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from runtime.checkpoint import ModelError, read_json
-    from runtime.skeleton import build_config
+    from runtime.quantize.source import open_source
 
-    if read_json(given.model, "config.json").get("quantization_config"):
-        raise ModelError(f"{given.model} is quantised already; give the plain 16-bit checkpoint")
-    build_config(given.model)
+    open_source(given.model)  # refuses what transformers would fail on in its own words
     disable_progress_bar()
     torch.manual_seed(given.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(

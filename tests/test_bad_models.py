@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher.quantize import main as quantize
 from runtime.checkpoint import INDEX
 from tests.jobs import ROOT, finish, launcher_command, start, write_requests
 from tests.tiny_models import make, save
@@ -65,3 +66,18 @@ def test_a_model_that_cannot_be_used_is_refused_by_name(name: str, seed: int, tm
     code, output = finish(start(launcher_command("python", 1), tmp_path, *words, prompts=prompts))
     assert code == 2 and "ModelError" in output and all(part in output for part in told), output
     assert "Traceback" not in output and not (tmp_path / "out.jsonl").read_text(), output
+
+
+@pytest.mark.parametrize("name", ["truncated file", "absent file", "other shapes", "impossible size"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_the_quantiser_refuses_it_too(
+    method: str, name: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it writes anything, its own calibration text included."""
+    spoil, told = CASES[name]
+    spoil(save(make("llama", seed), tmp_path / "model", sharded=True))
+    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "four"), "--method", method, "--group-size", "32"]
+    assert quantize([*words, "--samples", "1", "--length", "8"]) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in told), error
+    assert not (tmp_path / "four").exists()

@@ -20,7 +20,7 @@ from runtime.quantize.grid import error_under, fit, rounded
 from runtime.quantize.int4 import quantize
 from runtime.quantize.layer import Recipe, collect, survey
 from runtime.quantize.stream import quantize_model
-from runtime.skeleton import build_config
+from runtime.skeleton import build_config, build_skeleton
 
 pytestmark = pytest.mark.usefixtures("unfused", "one_thread")
 
@@ -220,8 +220,9 @@ def test_one_layer_is_in_memory(seed: int, tmp_path: Path, monkeypatch: pytest.M
     most = 0
     plain = stream.quantize_layer
     skeletons: list[nn.Module] = []
-    build = stream.build_skeleton
-    monkeypatch.setattr(stream, "build_skeleton", lambda *args: (skeletons.append(build(*args)), skeletons[-1])[1])
+    monkeypatch.setattr(
+        "runtime.quantize.source.build_skeleton", lambda *args: (skeletons.append(build_skeleton(*args)), skeletons[-1])[1]
+    )
 
     def weigh(*args: object) -> object:
         nonlocal most

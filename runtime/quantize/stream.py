@@ -7,32 +7,28 @@ always get, and nothing here knows their names.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from runtime.checkpoint import DTYPES, INDEX, Checkpoint, ModelError, read_json
-from runtime.experts import routers_of, unpack_files
+from runtime.experts import routers_of
 from runtime.quantize.layer import Recipe, Run, quantize_layer, roundable
+from runtime.quantize.output import mark, names_in, save, write
+from runtime.quantize.source import decoder_layers, open_source
 from runtime.quantize.written import description, expanded, packed_tensors
-from runtime.skeleton import build_config, build_skeleton, path_of, present_names, tied_weights, weight_names
+from runtime.skeleton import path_of
 
 log = logging.getLogger(__name__)
 
-MARK = "quantization_recipe.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -47,33 +43,17 @@ def quantize_model(
     on_layer: called with the layers done and all of them. Run again, it goes on where it stopped. Raises ModelError;
     OSError where the output cannot be written.
     """
-    if (read_json(source, "config.json")).get("quantization_config"):
-        raise ModelError(f"{source} is quantised already; give the plain 16-bit checkpoint")
-    module = build_skeleton(build_config(source), torch.float32)
-    module.config._attn_implementation = "eager"  # the one that every architecture has, soft caps and sinks included
-    checkpoint = Checkpoint(source)
-    checkpoint.rename(present_names(module))
-    unpack_files(module, checkpoint)
+    module, checkpoint = open_source(source)
     try:
-        checkpoint.check(dict(weight_names(module)), set(checkpoint.shapes) & set(tied_weights(module)))
         layers = decoder_layers(module)
         output.mkdir(parents=True, exist_ok=True)
-        _mark(output, recipe, checkpoint.digest, windows)
+        mark(output, recipe, checkpoint.digest, windows)
         writer = _Writer(module, layers, checkpoint, output, recipe, torch.device(device), on_layer or (lambda *_: None))
         if not (output / INDEX).exists():
             writer.work(windows)
             writer.finish()
     finally:
         checkpoint.close()
-
-
-def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
-    """The list of the model's layers: as many as its config says. Raises ModelError if there is none."""
-    count = module.config.get_text_config().num_hidden_layers
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise ModelError(f"{module.config.model_type} has no list of {count} layers; it cannot be quantised layer by layer")
-    return lists[0]
 
 
 class _Writer:
@@ -156,7 +136,7 @@ class _Writer:
                     tensors |= packed_tensors(stored.removesuffix(".weight"), made[linear], self.recipe.symmetric, kind)
                 else:
                     tensors[stored] = layer.get_parameter(name).data.to(kind).cpu().contiguous()
-            _save(tensors, path)
+            save(tensors, path)
         self.on_layer(index + 1, len(self.layers))
 
     def finish(self) -> None:
@@ -164,9 +144,9 @@ class _Writer:
         prefix = f"{self.prefix}."
         names = [name for name in self.checkpoint.shapes if not name.startswith(prefix)]
         rest = {self.checkpoint.stored_name(name): self.checkpoint.read(name) for name in names}
-        _save(rest, self.output / self.file(len(self.layers)))
+        save(rest, self.output / self.file(len(self.layers)))
         files = [self.output / self.file(index) for index in range(len(self.layers) + 1)]
-        where = {name: file.name for file in files for name in _names(file)}
+        where = {name: file.name for file in files for name in names_in(file)}
         for file in self.checkpoint.directory.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in (INDEX, "config.json"):
                 shutil.copyfile(file, self.output / file.name)
@@ -175,9 +155,9 @@ class _Writer:
         kept = [self.checkpoint.stored_name(f"{path}.weight").removesuffix(".weight") for path in kept]
         about = description(self.recipe.group_size, self.recipe.symmetric, kept)
         config = read_json(self.checkpoint.directory, "config.json") | {"quantization_config": about}
-        _write(self.output / "config.json", config)
+        write(self.output / "config.json", config)
         size = sum(file.stat().st_size for file in files)
-        _write(self.output / INDEX, {"metadata": {"total_size": size}, "weight_map": where})  # last: now it is whole
+        write(self.output / INDEX, {"metadata": {"total_size": size}, "weight_map": where})  # last: now it is whole
 
     def file(self, index: int) -> str:
         return f"model-{index + 1:05}-of-{len(self.layers) + 1:05}.safetensors"
@@ -245,35 +225,3 @@ def _put(layer: nn.Module, name: str, value: Tensor) -> None:
         owner._parameters[last] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[last] = value
-
-
-def _mark(output: Path, recipe: Recipe, digest: str, windows: Tensor | None) -> None:
-    """Refuses to go on with what another recipe, model or calibration began."""
-    calibration = None if windows is None else hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16]
-    mark = {"recipe": asdict(recipe), "model": digest, "calibration": calibration}
-    found = read_json(output, MARK)
-    if found and found != mark:
-        raise ModelError(f"{output} holds what another recipe, model or calibration made; give another --output")
-    if not found and any(output.glob("*.safetensors")):
-        raise ModelError(f"{output} holds a model already; give another --output")
-    _write(output / MARK, mark)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.touch()  # with the mode that the user's mask gives; safetensors' own would be for them alone
-    mode = draft.stat().st_mode
-    save_file(tensors, draft, metadata={"format": "pt"})
-    draft.chmod(mode)
-    os.replace(draft, path)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(draft, path)
-
-
-def _names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
