@@ -7,6 +7,7 @@ always get, and nothing here knows their names.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import shutil
 from collections.abc import Callable
@@ -137,6 +138,7 @@ class _Writer:
                 else:
                     tensors[stored] = layer.get_parameter(name).data.to(kind).cpu().contiguous()
             save(tensors, path)
+        _give_back()
         self.on_layer(index + 1, len(self.layers))
 
     def finish(self) -> None:
@@ -216,6 +218,14 @@ def _of_row(value: Any, row: int, count: int) -> Any:
     if isinstance(value, dict):
         return {name: _of_row(item, row, count) for name, item in value.items()}
     return type(value)(_of_row(item, row, count) for item in value) if type(value) in (tuple, list) else value
+
+
+def _give_back() -> None:
+    """Has glibc return freed memory to the system: it keeps tensors of a few MB in holes that later ones don't fit, and
+    those grow with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def _put(layer: nn.Module, name: str, value: Tensor) -> None:
