@@ -197,7 +197,8 @@ def finish(config: RunConfig, job: Job) -> int:
     stop = job.machine.stop
     code = stop.code if stop is not None else 1
     if stop is not None and code != 0:
-        print(f"quasar: {stop.reason}; start the same command again to finish the rest", file=sys.stderr, flush=True)
+        advice = "" if code == exits.REFUSED else "; start the same command again to finish the rest"
+        print(f"quasar: {stop.reason}{advice}", file=sys.stderr, flush=True)
     if code == 0 and job.journal.remaining:
         print(f"quasar: {job.journal.remaining} requests have no result", file=sys.stderr, flush=True)
         code = exits.INCOMPLETE
