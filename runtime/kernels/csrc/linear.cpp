@@ -29,7 +29,7 @@ constexpr int64_t AHEAD = 8192;  // bytes a weight is asked for before it is nee
 struct Codes {
   std::vector<int8_t> code;   // [M, K]
   std::vector<float> scale;   // [groups, M]
-  std::vector<float> sum;     // [groups, M], whole numbers below 2^24
+  std::vector<int32_t> sum;   // [groups, M]
   int64_t stride;             // of a row of codes
 };
 
@@ -56,17 +56,17 @@ Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
           const B b = narrow(c);
           std::memcpy(to + k, &b, n);
         }
-        q.sum[g * rows + m] = float(sum(total));
+        q.sum[g * rows + m] = sum(total);
         q.scale[g * rows + m] = how.scale;
       }
   });
   return q;
 }
 
-// One group of one tile for R rows: sum[r] = the exact sum of code times activation.
+// One group of one tile for R rows: the exact sum of code times activation is added to sum[r].
 template <int R, bool FOUR>
 QUASAR_INLINE void products(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, I* sum) {
-  constexpr int CHAINS = R <= (REGISTERS == 32 ? 8 : 4) ? 2 : 1;  // sums side by side, as each waits for the one before
+  constexpr int CHAINS = R <= 4 ? 2 : 1;  // sums side by side, as each waits for the one before
   I acc[CHAINS][R] = {};
   for (int64_t s = 0; s < steps; ++s) {
     const I w = read<I>(weight + s * 64);
@@ -83,7 +83,7 @@ QUASAR_INLINE void products(const uint8_t* weight, const int8_t* x, int64_t stri
       for (int r = 0; r < R; ++r) acc[0][r] = dot<false>(acc[0][r], w, read<int32_t>(x + r * stride + s * 4));
     }
   }
-  for (int r = 0; r < R; ++r) sum[r] = CHAINS == 2 ? acc[0][r] + acc[CHAINS - 1][r] : acc[0][r];
+  for (int r = 0; r < R; ++r) sum[r] += CHAINS == 2 ? acc[0][r] + acc[CHAINS - 1][r] : acc[0][r];
 }
 
 // The same with activations in float: sum[r] = the sum of (code - zero) * x, even and odd quads apart.
@@ -118,7 +118,7 @@ struct Packed {
     return narrow ? load(static_cast<const c10::BFloat16*>(scale) + line * LANES)
                   : load(static_cast<const float*>(scale) + line * LANES);
   }
-  F zero_at(int64_t line) const { return zero ? to_float(widen(read<B>(zero + line * LANES))) : splat(8.0f); }
+  I zero_at(int64_t line) const { return zero ? widen(read<B>(zero + line * LANES)) : splat(int32_t(8)); }
 };
 
 // f(first row, rows, tile, y) fills y [rows, 16], behind which there is room for Segments::DEPTH of it, STACK floats apart;
@@ -142,14 +142,10 @@ void over_tiles(at::Tensor& out, int64_t inputs, const Function& f) {
   });
 }
 
-// What follows a group's exact sums [rows, 16]: y += (sum - zero * x_sum) * (x_scale * scale).
-QUASAR_INLINE void finish(int64_t rows, const int32_t* sums, F scale, F zero, const float* __restrict x_scale,
-                          const float* __restrict x_sum, float* __restrict y) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const F exact = to_float(read<I>(sums + r * LANES)) - zero * splat(x_sum[r]);  // integers below 2^24
-    const F factor = splat(x_scale[r]) * scale;
-    store(y + r * LANES, load(y + r * LANES) + exact * factor);
-  }
+// Of one group, for R rows: total[r] += the exact sum of (code - zero) * activation, times both scales.
+template <int R>
+QUASAR_INLINE void finish(const I* sum, F scale, const float* x_scale, F* total) {
+  for (int r = 0; r < R; ++r) total[r] = total[r] + to_float(sum[r]) * (splat(x_scale[r]) * scale);  // sums below 2^24
 }
 
 void int4_by_int8(const Codes& q, const Packed& w, const Segments& segments, at::Tensor& out) {
@@ -159,35 +155,41 @@ void int4_by_int8(const Codes& q, const Packed& w, const Segments& segments, at:
   over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
     std::optional<AmxTiles> tiles;
     std::vector<uint8_t> bytes_of;
-    const bool wide = amx && count >= AMX_ROWS;
+    // Rows that AMX multiplies, sixteen at a time, a group after the other; the rest is summed in registers.
+    const int64_t blocks = amx ? count / AMX_ROWS : 0, wide = blocks * AMX_ROWS;
     if (wide) tiles.emplace(step), bytes_of.resize(w.group * LANES);
-    auto add_group = [&](int64_t g, float* y) {
-      const int64_t at = tile * groups + g;
-      const F own = w.scale_at(at), middle = w.zero_at(at);
-      const uint8_t* codes = w.codes + at * bytes;
-      const int8_t* x = q.code.data() + m * q.stride + g * w.group;
-      const float *x_scale = q.scale.data() + g * rows + m, *x_sum = q.sum.data() + g * rows + m;
-      int64_t done = 0;
-      if (wide) {
-        alignas(64) int32_t sums[ROWS * LANES];
-        amx_unpack(codes, w.group / 8, bytes_of.data());
-        if (count == ROWS) {
-          amx_products<4>(bytes_of.data(), x, q.stride, w.group, step, sums);
-          done = ROWS;
-        }
-        for (; done + AMX_ROWS <= count; done += AMX_ROWS)
-          amx_products<1>(bytes_of.data(), x + done * q.stride, q.stride, w.group, step, sums + done * LANES);
-        finish(done, sums, own, middle, x_scale, x_sum, y);
-      }
-      by_rows(count - done, [&]<int R>(int64_t r) {
-        I sum[R];
-        products<R, true>(codes, x + (done + r) * q.stride, q.stride, w.group / 8, sum);
-        finish(R, reinterpret_cast<const int32_t*>(sum), own, middle, x_scale + done + r, x_sum + done + r,
-               y + (done + r) * LANES);
-      });
-    };
     segments.sum(stack, STACK, count * LANES, [&](int64_t first, int64_t last, float* y) {
-      for (int64_t g = first / w.group; g < last / w.group; ++g) add_group(g, y);
+      for (int64_t g = first / w.group; wide && g < last / w.group; ++g) {
+        alignas(64) int32_t sums[ROWS * LANES];
+        const int64_t at = tile * groups + g;
+        const int8_t* x = q.code.data() + m * q.stride + g * w.group;
+        amx_unpack(w.codes + at * bytes, w.group / 8, bytes_of.data());
+        if (count == ROWS)
+          amx_products<4>(bytes_of.data(), x, q.stride, w.group, step, sums);
+        else
+          for (int64_t r = 0; r < wide; r += AMX_ROWS)
+            amx_products<1>(bytes_of.data(), x + r * q.stride, q.stride, w.group, step, sums + r * LANES);
+        const I zero = w.zero_at(at);
+        for (int64_t r = 0; r < wide; ++r) {
+          const I sum = read<I>(sums + r * LANES) - zero * q.sum[g * rows + m + r];
+          F total = load(y + r * LANES);
+          finish<1>(&sum, w.scale_at(at), q.scale.data() + g * rows + m + r, &total);
+          store(y + r * LANES, total);
+        }
+      }
+      by_rows(count - wide, [&]<int R>(int64_t r) {
+        const int64_t from = m + wide + r;
+        F total[R] = {};
+        for (int64_t g = first / w.group; g < last / w.group; ++g) {
+          const int64_t at = tile * groups + g;
+          const I zero = w.zero_at(at);
+          I sum[R];
+          for (int i = 0; i < R; ++i) sum[i] = zero * splat(-q.sum[g * rows + from + i]);
+          products<R, true>(w.codes + at * bytes, q.code.data() + from * q.stride + g * w.group, q.stride, w.group / 8, sum);
+          finish<R>(sum, w.scale_at(at), q.scale.data() + g * rows + from, total);
+        }
+        for (int i = 0; i < R; ++i) store(y + (wide + r + i) * LANES, total[i]);
+      });
     });
   });
 }
@@ -199,7 +201,7 @@ void int4_by_16bit(const float* x, int64_t stride, const Packed& w, const Segmen
     segments.sum(stack, STACK, count * LANES, [&](int64_t first, int64_t last, float* y) {
       for (int64_t g = first / w.group; g < last / w.group; ++g) {
         const int64_t at = tile * groups + g;
-        const F own = w.scale_at(at), middle = w.zero_at(at);
+        const F own = w.scale_at(at), middle = to_float(w.zero_at(at));
         by_rows(count, [&]<int R>(int64_t r) {
           F sum[R];
           products16<R>(w.codes + at * bytes, middle, x + (m + r) * stride + g * w.group, stride, w.group / 8, sum);
@@ -221,7 +223,7 @@ void int8_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
     const uint8_t* codes = w.codes + tile * w.inputs * LANES;
     const int8_t* x = q.code.data() + m * q.stride;
     auto finish = [&](int64_t r, I sum) {
-      const I exact = sum - splat(int32_t(q.sum[m + r]) * 128);
+      const I exact = sum - splat(q.sum[m + r] * 128);
       store(y + r * LANES, to_float(exact) * (splat(q.scale[m + r]) * own));
     };
     int64_t done = 0;
@@ -237,7 +239,7 @@ void int8_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
       for (int64_t r = 0; r < done; ++r) finish(r, read<I>(sums + r * LANES));
     }
     by_rows(count - done, [&]<int R>(int64_t r) {
-      I sum[R];
+      I sum[R] = {};
       products<R, false>(codes, x + (done + r) * q.stride, q.stride, w.inputs / 4, sum);
       for (int i = 0; i < R; ++i) finish(done + r + i, sum[i]);
     });
