@@ -50,6 +50,11 @@ class Dense:
         return out
 
 
+def is_table(product: Product, table: Tensor) -> bool:
+    """Whether a head's weight is the embedding's table itself, so that the two are held once."""
+    return isinstance(product, Dense) and product.weight.data_ptr() == table.data_ptr()
+
+
 class Int4:
     """A weight that `kernels.pack_int4` has packed, its inputs in segments between `borders`."""
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from runtime.comm import Communicator
 from runtime.experts import Experts
 from runtime.layout import Columns, Layout, Rows
-from runtime.linear import ColumnParallel, Dense, Int4, Product, Reordered, RowParallel, Siblings, VocabEmbedding
+from runtime.linear import ColumnParallel, Int4, Product, Reordered, RowParallel, Siblings, VocabEmbedding, is_table
 from runtime.products import Part, Products
 from runtime.read_ahead import Extent, ReadAhead
 from runtime.shard import Span
@@ -81,10 +81,9 @@ class Loader:
         stored = tied.get(f"{layout.head}.weight", f"{layout.head}.weight")
         head = products.head(layout.head, stored, layout.head_span, table if f"{layout.head}.weight" in tied else None)
         bias = products.bias([layout.head], [layout.head_span])
-        shared = isinstance(head, Dense) and head.weight.data_ptr() == table.data_ptr()
         swaps[layout.embedding] = VocabEmbedding(embedding, layout.embedding_span, self.comm)
         swaps[layout.head] = ColumnParallel(Siblings(head, [layout.head_span.width], bias))
-        return table.nbytes + (0 if shared else head.nbytes) + (0 if bias is None else bias.nbytes)
+        return table.nbytes + (0 if is_table(head, table) else head.nbytes) + (0 if bias is None else bias.nbytes)
 
     def _columns(self, columns: Columns, parts: list[Part], swaps: dict[str, nn.Module]) -> int:
         """Linears of one input, whose outputs are split."""

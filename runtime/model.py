@@ -24,7 +24,7 @@ from runtime.kernels import reference, select
 from runtime.kernels.loose import loosened
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layout import lay_out
-from runtime.linear import Dense
+from runtime.linear import is_table
 from runtime.loader import Loader, OnPart
 from runtime.pointwise import steady
 from runtime.products import Products
@@ -71,9 +71,8 @@ class Model:
     def bytes_read(self) -> int:
         """Of the weights, what a pass reads: all but an embedding's table that isn't the head's weight too."""
         table: Tensor = self.module.get_input_embeddings().weight  # type: ignore[assignment]
-        product = self.module.get_output_embeddings().siblings.product
-        shared = isinstance(product, Dense) and product.weight.data_ptr() == table.data_ptr()
-        return self.weight_bytes - (0 if shared else table.nbytes)
+        head = self.module.get_output_embeddings().siblings.product
+        return self.weight_bytes - (0 if is_table(head, table) else table.nbytes)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:

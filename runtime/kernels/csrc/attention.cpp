@@ -236,8 +236,7 @@ void run_task(const Shape& s, const Task& task, int64_t kv, const T* query, cons
   m.total.assign(count, 0.0f);
   m.keys.resize(s.padded * PIECE);
   m.values.resize(PIECE * s.padded);
-  for (auto* each : {&m.low, &m.high}) each->resize(count);
-  m.q.resize(count), m.w.resize(count), m.y.resize(count), m.fade.resize(count);
+  m.q.resize(count), m.w.resize(count), m.y.resize(count), m.fade.resize(count), m.low.resize(count), m.high.resize(count);
   int64_t first = INT64_MAX, last = -1;
   auto start = [&](int64_t i) {
     const int64_t p = positions[task.begin + i];

@@ -22,7 +22,6 @@ namespace quasar {
 namespace {
 
 constexpr int ROWS = 64;   // of activations, at a time
-constexpr int MICRO = 8;   // of these in registers
 constexpr int64_t STACK = ROWS * LANES;
 constexpr int64_t AHEAD = 8192;  // bytes a weight is asked for before it is needed
 

@@ -26,11 +26,6 @@ typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint8_t B __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
-#if defined(__AVX512F__)
-constexpr int REGISTERS = 32;  // for vectors
-#else
-constexpr int REGISTERS = 16;
-#endif
 
 #define QUASAR_INLINE inline __attribute__((always_inline))
 
