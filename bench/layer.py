@@ -21,15 +21,18 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from bench.enlarge import SOURCE, enlarge
-from bench.machine import read_bandwidth
 from bench.shapes import SHAPES
 from configs.schema import ModelConfig
 from runtime.batch import Batch, Piece
 from runtime.comm import Solo
 from runtime.kv_cache import KVCache
 from runtime.model import Model, load_model
+from runtime.pages import Pages
 
 BLOCK = 16
+READ = 1 << 27  # floats, that are read to see how fast the machine reads
+THEIRS = "transformers bf16"
+Run = tuple[str, int]  # who, and rows
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "none, 16bit head": {"quantization": "none"},
     "none, int8 head": {"quantization": "none", "lm_head": "int8"},
@@ -64,26 +67,26 @@ def theirs(model: PreTrainedModel, context: int, rows: int) -> Callable[[], obje
     return run
 
 
-def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Milliseconds, the median of `repeats` turns in which everybody runs once."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
+def interleaved(runs: dict[Run, Callable[[], object]], repeats: int) -> dict[Run, float]:
+    """Milliseconds, the median of `repeats` turns in which everybody runs twice, and the second time counts."""
+    times: dict[Run, list[float]] = {run: [] for run in runs}
+    for _ in range(repeats):
+        for run, call in runs.items():
+            call()
             start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
+            call()
+            times[run].append((time.perf_counter() - start) * 1e3)
+    return {run: statistics.median(each) for run, each in times.items()}
 
 
 class Timed:
-    """The extension's operations, and a layer's in two calls: where they stand, for a while, with the seconds they take."""
+    """The extension's operations, alone and as whole layers: where they stand, for a while, with the seconds they take."""
 
     def __init__(self) -> None:
-        from runtime.kernels import cpu, halves
+        from runtime.kernels import cpu, native
 
         self.seconds = 0.0
-        self._places: list[tuple[Any, str, Any]] = [(halves, "_attention", halves._attention), (halves, "_mlp", halves._mlp)]
-        self._places.append((cpu, "_ops", cpu._ops))
+        self._places: list[tuple[Any, str, Any]] = [(native, "_run_layers", native._run_layers), (cpu, "_ops", cpu._ops)]
 
     def _timed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -138,24 +141,27 @@ def main() -> None:
     for threads in given.threads:
         torch.set_num_threads(threads)
         print(f"\n**{threads} thread{'s' * (threads > 1)}**: ms a pass (transformers' over it; it over the first line's)\n")
-        names = ["transformers bf16", *models]
+        names = [THEIRS, *models]
         print("| rows | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
-        first: dict[str, float] = {}
-        read = 0.0
+        memory = Pages().empty((READ,), torch.float32).fill_(1.0)
+        runs: dict[Run, Callable[[], object]] = {("read", 0): memory.sum}
         for rows in given.rows:
-            runs = {names[0]: theirs(baseline, given.context, rows)}
-            runs |= {name: ours(model, given.context, rows) for name, model in models.items()}
-            found = interleaved(runs, given.repeats)
-            first = first or found
-            cells = [f"{ms:.1f} ({found[names[0]] / ms:.2f}x, {ms / first[name]:.2f})" for name, ms in found.items()]
-            print(f"| {rows} | " + " | ".join(cells) + " |", flush=True)
-            read = max(read, read_bandwidth(threads))
-        print(f"\nThe machine reads {read / 1e9:.1f} GB/s. With {given.rows[0]} row{'s' * (given.rows[0] > 1)}:\n")
+            runs[THEIRS, rows] = theirs(baseline, given.context, rows)
+            runs |= {(name, rows): ours(model, given.context, rows) for name, model in models.items()}
+        found = interleaved(runs, given.repeats)
+        for rows in given.rows:
+            cells = [
+                f"{found[name, rows]:.1f} ({found[THEIRS, rows] / found[name, rows]:.2f}x, "
+                f"{found[name, rows] / found[name, given.rows[0]]:.2f})" for name in names
+            ]  # fmt: skip
+            print(f"| {rows} | " + " | ".join(cells) + " |")
+        read = memory.nbytes / found["read", 0] / 1e6
+        print(f"\nThe machine reads {read:.1f} GB/s. With {given.rows[0]} row{'s' * (given.rows[0] > 1)}:\n")
         for name, model in models.items():
             rest, whole = outside(ours(model, given.context, given.rows[0]), 4 * given.repeats)
-            rate = model.bytes_read / first[name] * 1e3
+            rate = model.bytes_read / found[name, given.rows[0]] / 1e6
             print(
-                f"- {name}: {model.bytes_read / 1e6:.0f} MB of weights at {rate / 1e9:.1f} GB/s, {rate / read:.0%}; "
+                f"- {name}: {model.bytes_read / 1e6:.0f} MB of weights at {rate:.1f} GB/s, {rate / read:.0%}; "
                 f"{rest:.1f} of {whole:.1f} ms outside the kernels ({rest / whole:.0%})"
             )
 

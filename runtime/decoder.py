@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -62,15 +63,34 @@ class Decoder:
         product = self.head.siblings.product
         return product.weight if isinstance(product, Dense) else product.packed if isinstance(product, Int8) else None
 
+    @cached_property
+    def _alone(self) -> bool:
+        return all(layer.alone for layer in self.layers)
+
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """What the head multiplies, [L, W]: the rows that want logits, normed."""
-        x, update = self.embedding(batch.tokens), None
+        x = self.embedding(batch.tokens)
         cos, sin = (angles[0] for angles in self.rotary(x[None], batch.positions[None]))
-        for layer in self.layers:
-            x, update = layer.step(x, update, cos, sin, batch, cache)
-        assert update is not None
+        x, update = self._through(x, cos, sin, batch, cache)
         normed, _ = self.norm(self.kernels, x[batch.logits_at], update[batch.logits_at])
         return normed
+
+    def _through(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """x [T, W] -> x, update after the last layer; their sum is what it gives."""
+        update: Tensor | None = None
+        native = [layer.native for layer in self.layers]
+        if all(native) and x.is_contiguous():
+            at = self.kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
+            if self._alone:
+                x, update = self.kernels.run_layers(native, x, cache.keys, cache.values, at)
+            else:
+                for layer in self.layers:
+                    x, update = layer.native_step(x, update, at, cache)
+        else:
+            for layer in self.layers:
+                x, update = layer.step(x, update, cos, sin, batch, cache)
+        assert update is not None
+        return x, update
 
 
 @torch.inference_mode()
@@ -154,7 +174,7 @@ class Trial:
             pair = (norms[2], norms[3]) if norms[2:] else None
             (scoring, _) = watch.seen
             fused = FusedLayer(
-                layer, parts, (norms[0], norms[1]), pair, activation, scoring, index, self.kernels, self.under_way
+                layer, parts, (norms[0], norms[1]), pair, activation, scoring, index, dim, self.kernels, self.under_way
             )
             with choosing(fused, choices, again=True):
                 found = self._run(fused, x, watch)

@@ -21,7 +21,7 @@ from runtime.batch import Batch
 from runtime.experts import Experts
 from runtime.kernels.arguments import GATES
 from runtime.kv_cache import KVCache
-from runtime.linear import ColumnParallel, Int4, RowParallel, Siblings
+from runtime.linear import ColumnParallel, Dense, Int4, RowParallel, Siblings
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,20 @@ class Parts:
 class FusedLayer(nn.Module):
     """Stands in for a layer of transformers, called by its loop or, with less ado, by `runtime.decoder`.
 
-    index: its place in the cache. activation: as `kernels.gated` knows it, "" where there is a mixture. What else of a layer
-    its loop may look at is taken over from `inner`.
+    index: its place in the cache. dim: of a head. activation: as `kernels.gated` knows it, "" where there is a mixture. native:
+    the layer in C++, if it is one that C++ knows. What else of a layer its loop may look at is taken over from `inner`.
     """
 
     def __init__(
         self, inner: nn.Module, parts: Parts, norms: tuple[Norm, Norm], head_norms: tuple[Norm, Norm] | None,
-        activation: str, scoring: Scoring, index: int, kernels: ModuleType, under_way: Pass,
+        activation: str, scoring: Scoring, index: int, dim: int, kernels: ModuleType, under_way: Pass,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in vars(inner).items():
             if not name.startswith("_") and not hasattr(self, name):
                 setattr(self, name, value)
         self.index = index
+        self._dim = dim
         self._norms = norms
         self._head_norms = head_norms
         self._qkv, self.output = parts.qkv, parts.output
@@ -95,28 +96,40 @@ class FusedLayer(nn.Module):
         self._scoring = scoring
         self._kernels = kernels
         self._under_way = under_way
-        self._halves = self._in_halves(parts)
+        self.native = self._native(parts)
 
-    def _in_halves(self, parts: Parts) -> Any:
-        """The layer in two calls, where the kernels have such and all products are int4."""
-        make, gated = getattr(self._kernels, "Halves", None), self._gated
-        if make is None or gated is None or gated.gate_up.bias is not None:
+    def _native(self, parts: Parts) -> Any:
+        """The layer as `kernels.NativeLayer`, where the kernels have such and know all of its products."""
+        make, gated = getattr(self._kernels, "NativeLayer", None), self._gated
+        if make is None or gated is None:
             return None
-        every = (parts.qkv.product, parts.output.product, gated.gate_up.product, gated.down.product)
-        products = [product for product in every if isinstance(product, Int4)]
-        if len(products) < len(every):
+        weights = [
+            (parts.qkv.product, parts.qkv.bias), (parts.output.product, None), (gated.gate_up.product, gated.gate_up.bias),
+            (gated.down.product, None),
+        ]  # fmt: skip
+        known = Int4 | Dense if self._kernels.SEGMENTS else Int4  # loose kernels have other dense products than C++
+        products = [
+            self._kernels.product(product.packed if isinstance(product, Int4) else product.weight, bias, product.borders)
+            for product, bias in weights
+            if isinstance(product, known)
+        ]
+        if len(products) < len(weights):
             return None
-        query_norm, key_norm = self._head_norms or (None, None)
+        first, second = self._norms
+        norms = [
+            (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.early)
+            for norm in (first, *(self._head_norms or (None, None)), second)
+        ]
         scoring = self._scoring
         return make(
-            [(norm.weight, norm.eps, norm.early) for norm in self._norms],
-            (
-                None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight,
-                0.0 if query_norm is None else query_norm.eps, query_norm is not None and query_norm.early,
-            ),
-            [product.packed for product in products], parts.qkv.bias, (products[1].borders, products[3].borders),
-            self._activation, (scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks), parts.output.partial,
+            norms, products, self._activation, parts.output.partial is not None, self._dim,
+            (scoring.scale, scoring.window, scoring.soft_cap, scoring.sinks),
         )  # fmt: skip
+
+    @property
+    def alone(self) -> bool:
+        """Whether what o and down give needs nothing more: no other rank's part, and no bias."""
+        return all(isinstance(x, RowParallel) and x.partial is None and x.bias is None for x in (self.output, self.last))
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
         """[1, T, W] -> [1, T, W], as transformers' loop calls a layer."""
@@ -128,13 +141,9 @@ class FusedLayer(nn.Module):
         self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache
     ) -> tuple[Tensor, Tensor]:
         """x, update [T, W], cos, sin [T, R] -> x, update: the sum of the two is what a layer is given or gives."""
-        if self._halves is not None and self._gated is not None and x.is_contiguous():
-            part, x = self._halves.attention(
-                x, update, cos, sin, cache.keys[self.index], cache.values[self.index], batch.slots, batch.tables, batch.rows,
-                batch.reach,
-            )  # fmt: skip
-            part, x = self._halves.mlp(x, self.output.finish(part, x.dtype))
-            return x, self._gated.down.finish(part, x.dtype)
+        if self.native is not None and x.is_contiguous():
+            at = self._kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
+            return self.native_step(x, update, at, cache)
         kernels, scoring = self._kernels, self._scoring
         query_norm, key_norm = self._head_norms or (None, None)
         keys, values = cache.keys[self.index], cache.values[self.index]
@@ -153,6 +162,12 @@ class FusedLayer(nn.Module):
         if self._gated is None:
             return x, self.last(normed[None])[0]
         return x, self.last(self._gated.gate_up.gated(normed, self._activation, kernels))
+
+    def native_step(self, x: Tensor, update: Tensor | None, at: Any, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """`step` where there is a `native`; at: `kernels.places`."""
+        part, x = self.native.attention(x, update, cache.keys[self.index], cache.values[self.index], at)
+        part, x = self.native.mlp(x, self.output.finish(part, x.dtype))
+        return x, self.last.finish(part, x.dtype)  # type: ignore[operator]
 
 
 def match(layer: nn.Module, head_dim: int) -> tuple[Parts, int] | None:

@@ -43,10 +43,10 @@ class Dense:
         self.out_features, self.in_features = weight.shape
         self.nbytes = weight.nbytes
         self._product = (kernels or select(weight.device)).dense_linear
-        self._borders = borders
+        self.borders = borders
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        out: Tensor = self._product(x, self.weight, self._borders, dtype)
+        out: Tensor = self._product(x, self.weight, self.borders, dtype)
         return out
 
 

@@ -143,21 +143,23 @@ def test_norms_and_activations_are_learnt(seed: int) -> None:
         assert learn_activation(nn.ReLU(), like, plain) is None
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("quantization", ["int4", "none"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "gemma"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_two_calls_give_what_the_operations_give(kind: str, size: int, seed: int, tmp_path: Path) -> None:
+def test_one_call_gives_what_the_operations_give(kind: str, size: int, quantization: str, seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     save(make(kind, seed, torch.bfloat16, **FAMILIES.get(kind, {})), tmp_path)
-    config = config_of(tmp_path, dtype="bfloat16", quantization="int4", group_size=32, symmetric=rng.random() < 0.5)
+    symmetric = rng.random() < 0.5
+    config = config_of(tmp_path, dtype="bfloat16", quantization=quantization, group_size=32, symmetric=symmetric)
     sequences = prompts(rng)
     batches = ragged(sequences, rng, 9)
 
     def both(comm: Communicator) -> tuple[list[Tensor], list[Tensor], int]:
         model = load_model(config, comm)
-        layers = [layer for layer in model.module.modules() if isinstance(layer, FusedLayer) and layer._halves is not None]
+        layers = [layer for layer in model.module.modules() if isinstance(layer, FusedLayer) and layer.native is not None]
         whole = run(model, batches, len(sequences))
         for layer in layers:
-            layer._halves = None
+            layer.native = None
         return whole, run(model, batches, len(sequences)), len(layers)
 
     for whole, apart, number in on_ranks(size, both):

@@ -64,7 +64,10 @@ void find(const Shape& s, const int32_t* table, int64_t base, int low, int64_t l
       piece.key[j] = key_cache + at;
       piece.value[j] = value_cache + at;
       if constexpr (is_eight<C>)
-        if (j < PIECE) piece.key_step[j] = scale_of(key_cache + at, s.dim), piece.value_step[j] = scale_of(value_cache + at, s.dim);
+        if (j < PIECE) {
+          piece.key_step[j] = scale_of(key_cache + at, s.dim);
+          piece.value_step[j] = scale_of(value_cache + at, s.dim);
+        }
     }
   }
 }

@@ -23,7 +23,9 @@ namespace {
 
 constexpr int ROWS = 64;   // of activations, at a time
 constexpr int64_t STACK = ROWS * LANES;
-constexpr int64_t AHEAD = 8192;  // bytes a weight is asked for before it is needed
+// Bytes a weight is asked for before it is needed. It is read once a pass: not by way of the outer caches, so that these keep
+// what comes again, the KV cache and the interpreter.
+constexpr int64_t AHEAD = 8192;
 
 struct Codes {
   std::vector<int8_t> code;   // [M, K]
@@ -69,7 +71,7 @@ QUASAR_INLINE void products(const uint8_t* weight, const int8_t* x, int64_t stri
   I acc[CHAINS][R] = {};
   for (int64_t s = 0; s < steps; ++s) {
     const I w = read<I>(weight + s * 64);
-    __builtin_prefetch(weight + s * 64 + AHEAD);
+    __builtin_prefetch(weight + s * 64 + AHEAD, 0, 0);
     if constexpr (FOUR) {
       const I low = w & 0x0f0f0f0f, high = (w >> 4) & 0x0f0f0f0f;
 #pragma GCC unroll 8
@@ -91,7 +93,7 @@ QUASAR_INLINE void products16(const uint8_t* weight, F zero, const float* x, int
   F acc[2][R] = {};
   for (int64_t s = 0; s < steps; ++s) {
     const I w = read<I>(weight + s * 64);
-    __builtin_prefetch(weight + s * 64 + AHEAD);
+    __builtin_prefetch(weight + s * 64 + AHEAD, 0, 0);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const F low = nibble(w, 8 * i) - zero, high = nibble(w, 8 * i + 4) - zero;

@@ -1,0 +1,140 @@
+// Decoder layers as objects, so that a pass is one call: at one row, calling a layer's operations from Python one by one takes
+// longer than norms, positions and attention do. They are the same functions, and so the same bits. Between the halves of a
+// layer ranks add up what they have; a rank that is alone goes through all layers at once.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace quasar {
+
+at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef borders, at::ScalarType dtype);
+at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
+                       const std::optional<at::Tensor>& zero, int64_t outputs, int64_t group, bool eight,
+                       at::IntArrayRef borders, at::ScalarType dtype);
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool early,
+                                            const std::optional<at::Tensor>& residual);
+at::Tensor rotary_write(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
+                        const std::optional<at::Tensor>& query_norm, const std::optional<at::Tensor>& key_norm, double eps,
+                        bool early, at::Tensor key_cache, at::Tensor value_cache, const at::Tensor& slots, int64_t dim);
+at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+                           const at::Tensor& tables, const at::Tensor& rows, const at::Tensor& positions, double scale,
+                           int64_t window, double soft_cap, const std::optional<at::Tensor>& sinks);
+at::Tensor gated(const at::Tensor& both, bool is_gelu);
+
+namespace {
+
+using Given = std::optional<at::Tensor>;
+using Both = std::tuple<at::Tensor, at::Tensor>;
+
+// A weight, four-bit where it has scales, and the borders between segments of its inputs.
+struct Product : torch::CustomClassHolder {
+  at::Tensor weight;
+  Given scale, zero, bias;
+  int64_t outputs, group;
+  bool eight;
+  std::vector<int64_t> borders;
+
+  Product(at::Tensor weight, Given scale, Given zero, Given bias, int64_t outputs, int64_t group, bool eight,
+          std::vector<int64_t> borders)
+      : weight(std::move(weight)), scale(std::move(scale)), zero(std::move(zero)), bias(std::move(bias)), outputs(outputs),
+        group(group), eight(eight), borders(std::move(borders)) {}
+
+  at::Tensor operator()(const at::Tensor& x, at::ScalarType dtype) const {
+    const at::Tensor out = scale ? int4_linear(x, weight, *scale, zero, outputs, group, eight, borders, dtype)
+                                 : dense_linear(x, weight, borders, dtype);
+    return bias ? at::add(out, *bias) : out;
+  }
+};
+
+struct Norm : torch::CustomClassHolder {
+  Given weight;  // float32
+  double eps;
+  bool early;
+
+  Norm(Given weight, double eps, bool early) : weight(std::move(weight)), eps(eps), early(early) {}
+};
+
+// Rows of a round where a layer finds them: in the cache by slots, and by tables, rows of these, and positions.
+struct Places : torch::CustomClassHolder {
+  at::Tensor cos, sin, slots, tables, rows, positions;
+
+  Places(const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& slots, const at::Tensor& tables,
+         const at::Tensor& rows, const at::Tensor& positions)
+      : cos(cos.contiguous()), sin(sin.contiguous()), slots(slots.contiguous()), tables(tables.contiguous()),
+        rows(rows.contiguous()), positions(positions.contiguous()) {}
+};
+
+struct Layer : torch::CustomClassHolder {
+  template <class T>
+  using Held = c10::intrusive_ptr<T>;
+  Held<Norm> first, query, key, second;
+  Held<Product> qkv, output, gate_up, down;
+  bool is_gelu, partial;  // partial: what other ranks' is added to, and so in float32
+  double scale, soft_cap;
+  int64_t dim, window;
+  Given sinks;
+
+  Layer(std::vector<Held<Norm>> norms, std::vector<Held<Product>> products, bool is_gelu, bool partial, int64_t dim,
+        double scale, int64_t window, double soft_cap, Given sinks)
+      : first(norms.at(0)), query(norms.at(1)), key(norms.at(2)), second(norms.at(3)), qkv(products.at(0)),
+        output(products.at(1)), gate_up(products.at(2)), down(products.at(3)), is_gelu(is_gelu), partial(partial),
+        scale(scale), soft_cap(soft_cap), dim(dim), window(window), sinks(std::move(sinks)) {}
+
+  at::ScalarType part_of(const at::Tensor& x) const { return partial ? at::kFloat : x.scalar_type(); }
+
+  // x, update [T, W] -> what the output projection makes of this rank's heads [T, W]; x + update.
+  Both attention(const at::Tensor& x, const Given& update, const at::Tensor& key_cache, const at::Tensor& value_cache,
+                 const Held<Places>& at) const {
+    const auto [normed, total] = rms_norm(x, *first->weight, first->eps, first->early, update);
+    const at::Tensor queries =
+        rotary_write((*qkv)(normed, x.scalar_type()), at->cos, at->sin, query->weight, key->weight, query->eps, query->early,
+                     key_cache, value_cache, at->slots, dim);
+    const at::Tensor heads = paged_attention(queries, key_cache, value_cache, at->tables, at->rows, at->positions, scale,
+                                             window, soft_cap, sinks);
+    return {(*output)(heads.view({x.size(0), -1}), part_of(x)), total};
+  }
+
+  // x, update [T, W] -> what the down projection makes of this rank's gates and ups [T, W]; x + update.
+  Both mlp(const at::Tensor& x, const at::Tensor& update) const {
+    const auto [normed, total] = rms_norm(x, *second->weight, second->eps, second->early, update);
+    return {(*down)(gated((*gate_up)(normed, x.scalar_type()), is_gelu), part_of(x)), total};
+  }
+};
+
+// All layers of a rank that is alone: x [T, W] -> x and update, whose sum comes out of the last.
+Both run_layers(const c10::List<c10::intrusive_ptr<Layer>>& layers, at::Tensor x, at::TensorList key_caches,
+                at::TensorList value_caches, const c10::intrusive_ptr<Places>& at) {
+  Given update;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const c10::intrusive_ptr<Layer> layer = layers[i];
+    std::tie(update, x) = layer->attention(x, update, key_caches[i], value_caches[i], at);
+    std::tie(update, x) = layer->mlp(x, *update);
+  }
+  TORCH_CHECK(update, "a decoder has layers");
+  return {x, *update};
+}
+
+}  // namespace
+}  // namespace quasar
+
+TORCH_LIBRARY_FRAGMENT(quasar, m) {
+  using namespace quasar;
+  m.class_<Product>("Product")
+      .def(torch::init<at::Tensor, Given, Given, Given, int64_t, int64_t, bool, std::vector<int64_t>>());
+  m.class_<Norm>("Norm").def(torch::init<Given, double, bool>());
+  m.class_<Places>("Places")
+      .def(torch::init<const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                       const at::Tensor&>());
+  m.class_<Layer>("Layer")
+      .def(torch::init<std::vector<c10::intrusive_ptr<Norm>>, std::vector<c10::intrusive_ptr<Product>>, bool, bool, int64_t,
+                       double, int64_t, double, Given>())
+      .def("attention", &Layer::attention)
+      .def("mlp", &Layer::mlp);
+  m.def("run_layers", &run_layers);
+}
