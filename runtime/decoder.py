@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 from runtime.attention import Pass
 from runtime.batch import Batch, Piece
 from runtime.checkpoint import ModelError
-from runtime.comm import PeerLost
+from runtime.comm import PeerLost, Solo
 from runtime.experts import choosing
 from runtime.kernels.packed import PackedInt8
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layer import FusedLayer, Gated, Norm, Parts, Scoring, learn_activation, learn_norm, match, random_like
 from runtime.linear import ColumnParallel, Dense, Int8
+from runtime.shared_memory import SharedMemory
 from runtime.skeleton import replace
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ class Decoder:
         return product.weight if isinstance(product, Dense) else product.packed if isinstance(product, Int8) else None
 
     @cached_property
-    def _alone(self) -> bool:
-        return all(layer.alone for layer in self.layers)
+    def at_once(self) -> bool:
+        """Whether C++ can go through all layers by itself."""
+        return all(isinstance(layer.sums, Solo | SharedMemory) for layer in self.layers)
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """What the head multiplies, [L, W]: the rows that want logits, normed."""
@@ -81,8 +83,10 @@ class Decoder:
         native = [layer.native for layer in self.layers]
         if all(native) and x.is_contiguous():
             at = self.kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
-            if self._alone:
-                x, update = self.kernels.run_layers(native, x, cache.keys, cache.values, at)
+            if self.at_once:
+                comm = self.layers[0].sums
+                several = comm if isinstance(comm, SharedMemory) else None
+                x, update = self.kernels.run_layers(native, x, cache.keys, cache.values, at, several)
             else:
                 for layer in self.layers:
                     x, update = layer.native_step(x, update, at, cache)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from runtime.attention import Pass, attends
 from runtime.batch import Batch
+from runtime.comm import Communicator
 from runtime.experts import Experts
 from runtime.kernels.arguments import GATES
 from runtime.kv_cache import KVCache
@@ -127,9 +128,10 @@ class FusedLayer(nn.Module):
         )  # fmt: skip
 
     @property
-    def alone(self) -> bool:
-        """Whether what o and down give needs nothing more: no other rank's part, and no bias."""
-        return all(isinstance(x, RowParallel) and x.partial is None and x.bias is None for x in (self.output, self.last))
+    def sums(self) -> Communicator | None:
+        """What adds up what o and down give, if nothing more is done with that; None if something is."""
+        rows = [x for x in (self.output, self.last) if isinstance(x, RowParallel) and x.bias is None]
+        return self.output.comm if len(rows) == 2 else None
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
         """[1, T, W] -> [1, T, W], as transformers' loop calls a layer."""

@@ -189,7 +189,7 @@ class RowParallel(nn.Module):
         super().__init__()
         self.product = product
         self.bias = bias
-        self._comm = comm
+        self.comm = comm
         self.taken = taken
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,11 +201,11 @@ class RowParallel(nn.Module):
     @property
     def partial(self) -> torch.dtype | None:
         """The dtype of a rank's part, if it isn't that of the sum."""
-        return None if self._comm.size == 1 else torch.float32
+        return None if self.comm.size == 1 else torch.float32
 
     def finish(self, part: Tensor, dtype: torch.dtype) -> Tensor:
         """What all ranks' parts [..., N] come to."""
-        out = part if self._comm.size == 1 else self._comm.all_reduce(part, dtype)
+        out = part if self.comm.size == 1 else self.comm.all_reduce(part, dtype)
         return out if self.bias is None else out + self.bias
 
 

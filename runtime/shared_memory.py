@@ -25,7 +25,8 @@ class SharedMemory:
     """Ranks of one host, through a file in memory: some microseconds an exchange, and no thread or socket.
 
     `name` belongs to this group alone; the file is unlinked as soon as every rank has attached. A message larger than
-    `capacity` bytes goes in pieces; the file takes `2 * size * capacity` bytes. A wait ends after `timeout` seconds.
+    `capacity` bytes goes in pieces; the file takes `2 * size * capacity` bytes. A wait ends after `timeout` seconds. native:
+    what C++ exchanges through by itself, and `fail` then says what became of it.
 
     Raises SharedMemoryError, PeerLost, or BuildError where the C++ extension can't be built.
     """
@@ -41,7 +42,6 @@ class SharedMemory:
         load_extension()
         self.rank, self.size, self.timeout = rank, size, timeout
         self.capacity = -(-capacity // 128) * 128
-        self._number = 0
         self._lost: PeerLost | None = None
         # With a core for every rank, spin for about a millisecond; else give the core to the rank that is waited for.
         self._spins = 20_000 if size <= len(os.sched_getaffinity(0)) else 20
@@ -83,35 +83,38 @@ class SharedMemory:
 
     def close(self) -> None:
         if self._lost is None:
-            torch.ops.quasar.shm_leave(self._memory, self.rank)
+            self.native.leave()
             self._lost = PeerLost(f"rank {self.rank} has closed its communicator")
 
-    def _exchange(self, kind: int, x: Tensor, out: Tensor) -> None:
+    def check(self) -> None:
+        """Raises PeerLost once the communicator is over."""
         if self._lost is not None:
             raise self._lost
+
+    def fail(self, state: int) -> None:
+        """Raises PeerLost for what an exchange came to, as `csrc/shm.h` has it."""
+        if state < 0:
+            self._fail(f"rank {-1 - state} and rank {self.rank} exchange different things (kind or size)")
+        if gone := state >> 32:
+            self._fail(f"{_ranks(gone)} left the group while rank {self.rank} waited")
+        self._fail(f"{_ranks(state)} did not come within {self.timeout:g} s to where rank {self.rank} waits")
+
+    def _exchange(self, kind: int, x: Tensor, out: Tensor) -> None:
+        self.check()
         if x.device.type != "cpu":
             raise ValueError(f"shared memory carries tensors of the CPU, not of {x.device}")
-        self._number += 1
         end = time.monotonic() + self.timeout
-        post = True
+        self.native.begin(x, kind)
         while True:  # in slices, so that Python's signal handlers run
-            slice_ = min(0.2, max(0.0, end - time.monotonic()))
-            state = torch.ops.quasar.shm_exchange(
-                self._memory, x, out, kind, self.rank, self.size, self.capacity, self._number, post, self._spins, slice_
-            )
+            state = self.native.end(x, out, kind, min(0.2, max(0.0, end - time.monotonic())))
             if state == 0:
                 return
-            post = False
-            if state < 0:
-                self._fail(f"rank {-1 - state} and rank {self.rank} exchange different things (kind or size)")
-            if gone := state >> 32:
-                self._fail(f"{_ranks(gone)} left the group while rank {self.rank} waited")
-            if time.monotonic() >= end:
-                self._fail(f"{_ranks(state)} did not come within {self.timeout:g} s to where rank {self.rank} waits")
+            if state < 0 or state >> 32 or time.monotonic() >= end:
+                self.fail(state)
 
     def _fail(self, why: str) -> None:
         self._lost = PeerLost(why)
-        torch.ops.quasar.shm_leave(self._memory, self.rank)
+        self.native.leave()
         raise self._lost
 
     def _create(self) -> None:
@@ -179,6 +182,7 @@ class SharedMemory:
                 return False
             self._identity = (about.st_dev, about.st_ino)
             self._memory = torch.frombuffer(mmap.mmap(file, self._bytes), dtype=torch.uint8)
+            self.native = torch.classes.quasar.Exchange(self._memory, self.rank, self.size, self.capacity, self._spins)
         finally:
             os.close(file)
         return True

@@ -1,6 +1,7 @@
 """Fused layers: taken where they belong, refused where they don't, and as near to float64 as transformers is."""
 
 import logging
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from tiny_models import config_of, logits_on, make, on_ranks, prompts, ragged, r
 from torch import Tensor, nn
 
 from runtime.batch import Piece
-from runtime.comm import Communicator, Solo
+from runtime.comm import Communicator, PeerLost, Solo
 from runtime.kernels import reference as plain
 from runtime.kernels import select
 from runtime.layer import FusedLayer, learn_activation, learn_norm
 from runtime.model import Model, load_model
+from runtime.shared_memory import SharedMemory
 
 FUSED = [*FAMILIES, "smollm3", "gemma", "seed_oss"]
 
@@ -145,8 +147,11 @@ def test_norms_and_activations_are_learnt(seed: int) -> None:
 
 @pytest.mark.parametrize("quantization", ["int4", "none"])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "gemma"])
-@pytest.mark.parametrize("size", [1, 2])
-def test_one_call_gives_what_the_operations_give(kind: str, size: int, quantization: str, seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "in_memory"), [(1, False), (2, False), (2, True)])
+def test_fewer_calls_give_what_the_operations_give(
+    kind: str, size: int, in_memory: bool, quantization: str, seed: int, tmp_path: Path
+) -> None:
+    """One for all layers of a rank that is alone or shares memory with the others, two for each layer elsewhere."""
     rng = random.Random(seed)
     save(make(kind, seed, torch.bfloat16, **FAMILIES.get(kind, {})), tmp_path)
     symmetric = rng.random() < 0.5
@@ -155,8 +160,12 @@ def test_one_call_gives_what_the_operations_give(kind: str, size: int, quantizat
     batches = ragged(sequences, rng, 9)
 
     def both(comm: Communicator) -> tuple[list[Tensor], list[Tensor], int]:
+        if in_memory:  # so little that sums go in pieces
+            comm = SharedMemory(f"layers-{os.getpid()}-{seed}", comm.rank, size, capacity=1024)
         model = load_model(config, comm)
-        layers = [layer for layer in model.module.modules() if isinstance(layer, FusedLayer) and layer.native is not None]
+        assert model.decoder is not None
+        layers = [layer for layer in model.decoder.layers if layer.native is not None]
+        assert model.decoder.at_once == (size == 1 or in_memory) or not layers
         whole = run(model, batches, len(sequences))
         for layer in layers:
             layer.native = None
@@ -165,3 +174,23 @@ def test_one_call_gives_what_the_operations_give(kind: str, size: int, quantizat
     for whole, apart, number in on_ranks(size, both):
         assert number == 2 or select(torch.device("cpu")) is plain
         assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))
+
+
+def test_a_rank_that_does_not_come_ends_the_pass_by_name(seed: int, tmp_path: Path) -> None:
+    if select(torch.device("cpu")) is plain:
+        pytest.skip("needs the C++ kernels")
+    save(make("qwen3", seed, torch.bfloat16), tmp_path)
+    batches = ragged(prompts(random.Random(seed)), random.Random(seed), 9)
+
+    def one(comm: Communicator) -> str:
+        memory = SharedMemory(f"late-{os.getpid()}-{seed}", comm.rank, 2, timeout=2.0)
+        model = load_model(config_of(tmp_path, dtype="bfloat16", quantization="int4", group_size=32), memory)
+        if comm.rank == 1:
+            return ""
+        with pytest.raises(PeerLost) as lost:
+            run(model, batches, 9)
+        with pytest.raises(PeerLost):
+            memory.barrier()
+        return str(lost.value)
+
+    assert "rank 1 did not come within 2 s" in on_ranks(2, one)[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from runtime.kernels.build import load_extension
 from runtime.kernels.packed import PackedInt4
+from runtime.shared_memory import SharedMemory
 
 load_extension()
 _classes = torch.classes.quasar
@@ -34,7 +35,7 @@ def places(cos: Tensor, sin: Tensor, slots: Tensor, tables: Tensor, rows: Tensor
 
 
 class NativeLayer:
-    """A layer in two calls, between which ranks add up what they have.
+    """A layer, and by itself in two calls, between which ranks add up what they have.
 
     norms: before attention, of queries, of keys, before the MLP. products: qkv, o, gate_up, down. scoring: scale, window, soft
     cap, sinks. partial: whether what o and down give is to be added to others', and so float32. dim: of a head.
@@ -62,8 +63,17 @@ class NativeLayer:
 
 
 def run_layers(
-    layers: Sequence[NativeLayer], x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], at: Any
-) -> tuple[Tensor, Tensor]:
-    """All layers of a rank that is alone, in one call: x [T, W] -> x, update, whose sum comes out of the last."""
-    x, update = _run_layers([layer.layer for layer in layers], x, keys, values, at)
+    layers: Sequence[NativeLayer], x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], at: Any,
+    comm: SharedMemory | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """All layers in one call: x [T, W] -> x, update, whose sum comes out of the last. comm: None for a rank that is alone.
+
+    Signals wait for the end of the call. Raises PeerLost.
+    """
+    if comm is not None:
+        comm.check()
+    exchange, timeout = (None, 0.0) if comm is None else (comm.native, comm.timeout)
+    x, update, state = _run_layers([layer.layer for layer in layers], x, keys, values, at, exchange, timeout)
+    if state and comm is not None:
+        comm.fail(state)
     return x, update

@@ -1,8 +1,9 @@
 // Decoder layers as objects, so that a pass is one call: at one row, calling a layer's operations from Python one by one takes
 // longer than norms, positions and attention do. They are the same functions, and so the same bits. Between the halves of a
-// layer ranks add up what they have; a rank that is alone goes through all layers at once.
+// layer ranks add up what they have: here if they share memory, else a half at a time is called from Python.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -10,6 +11,8 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+#include "shm.h"
 
 namespace quasar {
 
@@ -107,17 +110,31 @@ struct Layer : torch::CustomClassHolder {
   }
 };
 
-// All layers of a rank that is alone: x [T, W] -> x and update, whose sum comes out of the last.
-Both run_layers(const c10::List<c10::intrusive_ptr<Layer>>& layers, at::Tensor x, at::TensorList key_caches,
-                at::TensorList value_caches, const c10::intrusive_ptr<Places>& at) {
+// All layers: x [T, W] -> x and update, whose sum comes out of the last, and what an exchange came to that failed, or 0. Parts
+// are added up by `exchange`, which a rank that is alone doesn't need; a wait for others ends after `seconds`.
+std::tuple<at::Tensor, at::Tensor, int64_t> run_layers(const c10::List<c10::intrusive_ptr<Layer>>& layers, at::Tensor x,
+                                                       at::TensorList key_caches, at::TensorList value_caches,
+                                                       const c10::intrusive_ptr<Places>& at,
+                                                       const std::optional<c10::intrusive_ptr<Exchange>>& exchange,
+                                                       double seconds) {
+  TORCH_CHECK(!layers.empty(), "a decoder has layers");
+  int64_t state = 0;
+  auto summed = [&](const at::Tensor& part) {
+    if (!exchange) return part;
+    const at::Tensor out = at::empty_like(x);
+    state = (*exchange)->all_reduce(part, out, seconds);
+    return out;
+  };
   Given update;
-  for (size_t i = 0; i < layers.size(); ++i) {
+  for (size_t i = 0; i < layers.size() && state == 0; ++i) {
     const c10::intrusive_ptr<Layer> layer = layers[i];
     std::tie(update, x) = layer->attention(x, update, key_caches[i], value_caches[i], at);
+    update = summed(*update);
+    if (state) break;
     std::tie(update, x) = layer->mlp(x, *update);
+    update = summed(*update);
   }
-  TORCH_CHECK(update, "a decoder has layers");
-  return {x, *update};
+  return {x, *update, state};
 }
 
 }  // namespace
@@ -125,6 +142,11 @@ Both run_layers(const c10::List<c10::intrusive_ptr<Layer>>& layers, at::Tensor x
 
 TORCH_LIBRARY_FRAGMENT(quasar, m) {
   using namespace quasar;
+  m.class_<Exchange>("Exchange")  // here, as a class must be known before a function that takes it
+      .def(torch::init<at::Tensor, int64_t, int64_t, int64_t, int64_t>())
+      .def("begin", &Exchange::begin)
+      .def("end", &Exchange::end)
+      .def("leave", &Exchange::leave);
   m.class_<Product>("Product")
       .def(torch::init<at::Tensor, Given, Given, Given, int64_t, int64_t, bool, std::vector<int64_t>>());
   m.class_<Norm>("Norm").def(torch::init<Given, double, bool>());
