@@ -32,9 +32,10 @@ def seconds(rows: float, knee: float) -> float:
 
 
 def play(
-    batch: int, text: str, knee: float, rounds: int, rng: np.random.Generator, fixed: int | None = None, wrong: float = 1.0
-) -> tuple[float, float]:
-    """Tokens/s, and drafts a round and sequence, in the second half of the rounds.
+    batch: int, text: str, knee: float, rounds: int, rng: np.random.Generator, fixed: int | None = None, wrong: float = 1.0,
+    learnt: float = 0.5,
+) -> tuple[float, float]:  # fmt: skip
+    """Tokens/s, and drafts a round and sequence, in all rounds but the first `learnt` of them, which only teach.
 
     wrong: what the table at the start makes of a round with any drafts, in true seconds. One round takes some per cent more
     or less than the next, and one in thirty half as much again.
@@ -60,10 +61,21 @@ def play(
         slots, none = np.arange(batch, dtype=np.int32), np.zeros(0, np.int32)
         decision = Decision(slots, drafts.astype(np.int32), (stood + 1).astype(np.int32), none)
         tuner.observe(decision, asked, effort, dict(enumerate(sequences)))
-        if 2 * number >= rounds:
+        if number >= learnt * rounds:
             tokens, taken = tokens + batch + float(stood.sum()), taken + true
             drafted += float(drafts.mean())
-    return tokens / taken, 2 * drafted / rounds
+    return tokens / taken, drafted / (rounds * (1 - learnt))
+
+
+def short(batch: int, text: str, knee: float, rounds: int, jobs: int, rng: np.random.Generator, drafts: list[int]) -> float:
+    """Tokens/s of chosen numbers to the best of these fixed ones and none, over whole jobs of so many rounds: all of them run
+    the same jobs."""
+    seeds = rng.integers(2**32, size=jobs)
+    chosen, *fixed = (
+        sum(play(batch, text, knee, rounds, np.random.default_rng(seed), number, learnt=0.0)[0] for seed in seeds)
+        for number in (None, 0, *drafts)
+    )
+    return chosen / max(fixed)
 
 
 def main() -> None:
@@ -72,6 +84,8 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3, 5, 8, 16])
     parser.add_argument("--knee", type=float, default=64)
     parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--short", type=int, default=80, help="rounds of jobs that are counted from their first round on")
+    parser.add_argument("--jobs", type=int, default=20, help="such jobs")
     parser.add_argument("--wrong", type=float, nargs="+", default=[0.6, 2.0], help="factors of tables that mislead")
     given = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -86,10 +100,12 @@ def main() -> None:
             misled = [play(batch, text, given.knee, given.rounds, rng, None, wrong)[0] / most for wrong in given.wrong]
             lines.append([
                 text, str(batch), f"{drafts:.2f}", f"{speed / plain:.2f}", str(best), f"{most / plain:.2f}",
-                f"{speed / most:.2f}", *(f"{share:.2f}" for share in misled),
+                f"{speed / most:.2f}", f"{short(batch, text, given.knee, given.short, given.jobs, rng, given.drafts):.2f}",
+                *(f"{share:.2f}" for share in misled),
             ])  # fmt: skip
     print("Tokens/s to no drafts.\n")
     header = ["text", "batch", "drafts chosen", "auto", "best fixed k", "its tokens/s", "auto to the best"]
+    header.append(f"{given.short} rounds in all")
     print(table([*header, *(f"misled, {wrong:g}" for wrong in given.wrong)], lines))
 
 
