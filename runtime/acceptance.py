@@ -11,7 +11,7 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 JOB_MEMORY, MEMORY = 0.995, 0.95  # what is left of an observation after the next one, in the job and in one sequence
-PRIOR = 4.0  # observations that a prior counts for
+PRIOR = 16.0  # observations that a prior counts for: what is chosen is also what happens to look best
 UNKNOWN = 0.5  # chance of a draft of which nothing is known yet
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 Seconds = Callable[[Array], Array]
 DraftSeconds = Callable[[Array, Array], Array]
 
@@ -19,31 +20,37 @@ DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 56)  # of a mo
 class Allocation:
     """counts: drafts of every offer, int64 [N]. tokens, seconds: what is expected of a round with them."""
 
-    counts: NDArray[np.int64]
+    counts: Indices
     tokens: float
     seconds: float
 
 
 def allocate(
-    stands: Array, shares: Array, chained: NDArray[np.bool_], base: float, rows: float, seconds: Seconds, drafting: DraftSeconds
-) -> Allocation:
+    stands: Array, shares: Array, chained: NDArray[np.bool_], base: float, rows: float, seconds: Seconds,
+    drafting: DraftSeconds, owners: Indices,
+) -> Allocation:  # fmt: skip
     """The numbers of drafts with the most expected tokens per second.
 
     stands: [N, K], the chance that draft j of offer n stands and all before it, which never rises along K. shares: [N], how
-    often the offer is made; what it brings and what it costs are counted so often. chained: [N], whether it is drafted
-    step by step by a model. base: tokens that a round decides without any draft; rows: that it computes. seconds(rows) is
-    what a round takes, drafting(steps, rows) what the model takes for that many tokens in that many steps.
+    often the offer is made. chained: [N], whether it is drafted step by step by a model. base: tokens that a round decides
+    without any draft; rows: that it computes. seconds(rows) is what a round takes, drafting(steps, rows) what the model takes
+    for that many tokens in that many steps. owners: [N], the sequence to which the offer is made, one at most in a round.
 
     A draft adds as many tokens as it has a chance to stand, and one row, wherever it is. So for any number of rows the
     likeliest drafts are the best ones, and the best number is found by looking at each: whatever the form of `seconds`,
     this is the maximum where all shares are 1. A model's steps are shared by its chains: each depth is looked at in turn.
+
+    Where they are less, rounds differ: a long draft that is seldom made costs a round of many rows then, and nothing else
+    does, while a round of average rows may cost no more than one without drafts. So a round is taken to have none or a
+    certain number of drafts, with the mean and the variance that they have; for one sequence with one offer that is how it is.
     """
     places = np.arange(1, stands.shape[1] + 1)
     gains, weights = stands.ravel(), np.repeat(shares, len(places))
-    of_model, depth_of = np.repeat(chained, len(places)), np.tile(places, len(shares))
+    of_model, depth_of, owner_of = np.repeat(chained, len(places)), np.tile(places, len(shares)), np.repeat(owners, len(places))
     order = np.argsort(-gains, kind="stable")  # so that of equals the earlier position comes first
     order = order[(weights[order] > 0) & (gains[order] > 0)]
-    best, picked = Allocation(np.zeros(len(stands), np.int64), base, float(seconds(np.array([rows]))[0])), order[:0]
+    plain = float(seconds(np.array([rows]))[0])
+    best, picked = Allocation(np.zeros(len(stands), np.int64), base, plain), order[:0]
     for depth in depths(len(places)) if chained.any() else [0]:
         usable = order[~of_model[order] | (depth_of[order] <= depth)]
         if not len(usable):
@@ -51,13 +58,30 @@ def allocate(
         weight = weights[usable]
         drafted = np.cumsum(weight * of_model[usable])
         tokens = base + np.cumsum(weight * gains[usable])
-        taken = seconds(rows + np.cumsum(weight)) + drafting(np.array(float(depth)), drafted)
+        mean, square = moments(weight, depth_of[usable], owner_of[usable])
+        taken = plain + mean**2 / square * (seconds(rows + square / mean) - plain)
+        taken += drafting(np.array(float(depth)), drafted)
         most = int(np.argmax(tokens / taken))
         if tokens[most] / taken[most] > best.tokens / best.seconds:
             picked = usable[: most + 1]
             best = Allocation(best.counts, float(tokens[most]), float(taken[most]))
     counts = np.bincount(picked // len(places), minlength=len(stands))
     return Allocation(counts.astype(np.int64), best.tokens, best.seconds)
+
+
+def moments(weights: Array, places: Indices, owners: Indices) -> tuple[Array, Array]:
+    """Mean and mean square of a round's drafts, if these may be had up to each in turn: [N], [N].
+
+    weights: [N], how often the offer is made that a draft belongs to. places: [N], which of its drafts it is, from 1 on, each
+    behind those before it. owners: [N], the sequence to which it is made.
+    """
+    by_owner = np.argsort(owners, kind="stable")
+    before, owned = np.cumsum(weights[by_owner]) - weights[by_owner], owners[by_owner]
+    own = np.empty_like(weights)  # a sequence's mean without the draft
+    own[by_owner] = before - before[np.searchsorted(owned, owned)]
+    mean = np.cumsum(weights)
+    variance = np.cumsum(weights * (2 * places - 1 - 2 * own - weights))
+    return mean, np.maximum(0.0, variance) + mean**2
 
 
 def allocate_evenly(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,8 @@ class Tuner:
             return self.costs.seconds(rows, context) + least * (rows - number)
 
         if self.fixed is None:
-            best = (allocate_evenly if self.even else allocate)(
+            owners = np.arange(number).repeat(many)
+            best = (allocate_evenly if self.even else partial(allocate, owners=owners))(
                 stands.reshape(number * many, -1), shares.ravel(), np.tile(self._chained, number), number, number, seconds,
                 self.costs.drafting,
             )  # fmt: skip

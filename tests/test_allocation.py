@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from runtime.allocation import allocate, allocate_evenly, depths
+from runtime.allocation import allocate, allocate_evenly, depths, moments
 
 
 def tokens_per_second(counts, stands, shares, chained, base, rows, seconds, drafting):  # type: ignore[no-untyped-def]
@@ -44,7 +44,7 @@ def test_no_choice_is_better(kind: str, seed: int) -> None:
             return step * steps + row * rows
 
         given = stands, shares, chained, count, count, seconds, drafting
-        found = allocate(*given)
+        found = allocate(*given, np.arange(len(stands)))
         reached = tokens_per_second(found.counts, *given)
         assert reached == pytest.approx(found.tokens / found.seconds)
         best = max(tokens_per_second(counts, *given) for counts in product(range(most + 1), repeat=count))
@@ -63,9 +63,51 @@ def test_drafts_that_are_seldom_made_are_counted_so_often(seed: int) -> None:
             stands, shares, np.zeros(3, bool), 2.0, 2.0, lambda rows, price=price: 1 + price * rows,
             lambda steps, rows: np.zeros(np.shape(rows)),
         )  # fmt: skip
-        found = allocate(*given)
+        found = allocate(*given, np.arange(len(stands)))
         best = max(tokens_per_second(counts, *given) for counts in product(range(4), repeat=3))
         assert tokens_per_second(found.counts, *given) == pytest.approx(best)
+
+
+def test_moments_are_those_of_all_rounds_there_can_be(seed: int) -> None:
+    """Three sequences with up to three offers each, and drafts taken up one by one in any order that keeps an offer's own."""
+    rng = np.random.default_rng(seed)
+    shares = [rng.dirichlet(np.ones(1 + rng.integers(1, 4)))[1:] for _ in range(3)]  # what is left: nothing is found
+    offers = [(owner, which) for owner, mine in enumerate(shares) for which in range(len(mine))]
+    order = rng.permutation(np.repeat(np.arange(len(offers)), 3))
+    counts = np.zeros(len(offers), int)
+    weights, places, owners, expected = [], [], [], []
+    for offer in order:
+        owner, which = offers[offer]
+        counts[offer] += 1
+        weights.append(shares[owner][which])
+        places.append(counts[offer])
+        owners.append(owner)
+        found = [[(1 - mine.sum(), 0)] for mine in shares]
+        for (whose, nth), count in zip(offers, counts, strict=True):
+            found[whose].append((shares[whose][nth], count))
+        rounds = [(np.prod([chance for chance, _ in each]), sum(n for _, n in each)) for each in product(*found)]
+        expected.append([sum(chance * n**power for chance, n in rounds) for power in (1, 2)])
+    np.testing.assert_allclose(np.transpose(moments(np.array(weights), np.array(places), np.array(owners))), expected)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_one_offer_costs_what_its_rounds_do(share: float, seed: int) -> None:
+    """A round has all of the drafts or none: where it is seldom made, what its rows cost is still what those rounds cost."""
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        stands, table = some_offers(rng, 1, 8), 1 + np.cumsum(rng.random(10) * rng.choice([0.01, 0.5], 10))
+
+        def reached(count: int, stands: np.ndarray = stands, table: np.ndarray = table) -> float:
+            taken = share * table[1 + count] + (1 - share) * table[1]
+            return float((1 + share * stands[0, :count].sum()) / taken)
+
+        found = allocate(
+            stands, np.array([share]), np.zeros(1, bool), 1.0, 1.0,
+            lambda rows, table=table: np.interp(rows, np.arange(10), table), lambda steps, rows: np.zeros(np.shape(rows)),
+            np.zeros(1, np.int64),
+        )  # fmt: skip
+        assert reached(int(found.counts[0])) == pytest.approx(max(map(reached, range(9))))
+        assert found.tokens / found.seconds == pytest.approx(reached(int(found.counts[0])))
 
 
 def test_evenly_is_the_best_of_all_equal_numbers(seed: int) -> None:
