@@ -79,20 +79,16 @@ class Decoder:
 
     def _through(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
         """x [T, W] -> x, update after the last layer; their sum is what it gives."""
-        update: Tensor | None = None
         native = [layer.native for layer in self.layers]
-        if all(native) and x.is_contiguous():
+        if all(native) and self.at_once and x.is_contiguous():
+            comm = self.layers[0].sums
             at = self.kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
-            if self.at_once:
-                comm = self.layers[0].sums
-                several = comm if isinstance(comm, SharedMemory) else None
-                x, update = self.kernels.run_layers(native, x, cache.keys, cache.values, at, several)
-            else:
-                for layer in self.layers:
-                    x, update = layer.native_step(x, update, at, cache)
-        else:
-            for layer in self.layers:
-                x, update = layer.step(x, update, cos, sin, batch, cache)
+            several = comm if isinstance(comm, SharedMemory) else None
+            x, last = self.kernels.run_layers(native, x, cache.keys, cache.values, at, several)
+            return x, last
+        update: Tensor | None = None
+        for layer in self.layers:
+            x, update = layer.step(x, update, cos, sin, batch, cache)
         assert update is not None
         return x, update
 

@@ -145,7 +145,9 @@ class FusedLayer(nn.Module):
         """x, update [T, W], cos, sin [T, R] -> x, update: the sum of the two is what a layer is given or gives."""
         if self.native is not None and x.is_contiguous():
             at = self._kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
-            return self.native_step(x, update, at, cache)
+            part, x = self.native.attention(x, update, cache.keys[self.index], cache.values[self.index], at)
+            part, x = self.native.mlp(x, self.output.finish(part, x.dtype))
+            return x, self.last.finish(part, x.dtype)  # type: ignore[operator]
         kernels, scoring = self._kernels, self._scoring
         query_norm, key_norm = self._head_norms or (None, None)
         keys, values = cache.keys[self.index], cache.values[self.index]
@@ -164,12 +166,6 @@ class FusedLayer(nn.Module):
         if self._gated is None:
             return x, self.last(normed[None])[0]
         return x, self.last(self._gated.gate_up.gated(normed, self._activation, kernels))
-
-    def native_step(self, x: Tensor, update: Tensor | None, at: Any, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """`step` where there is a `native`; at: `kernels.places`."""
-        part, x = self.native.attention(x, update, cache.keys[self.index], cache.values[self.index], at)
-        part, x = self.native.mlp(x, self.output.finish(part, x.dtype))
-        return x, self.last.finish(part, x.dtype)  # type: ignore[operator]
 
 
 def match(layer: nn.Module, head_dim: int) -> tuple[Parts, int] | None:
