@@ -22,5 +22,11 @@ class Clock:
             yield
         finally:
             elapsed = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner.pop()
+            own = elapsed - self._inner.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + own
             self._inner[-1] += elapsed
+
+    def book(self, name: str, seconds: float) -> None:
+        """Of the part under way these seconds were another's."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._inner[-1] += seconds

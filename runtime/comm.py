@@ -1,6 +1,7 @@
 """How the ranks of a group exchange tensors. A sum has the same bits on every rank."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,11 +13,22 @@ class PeerLost(RuntimeError):
     """A rank of the group did not come, left, or sent something else than the others; the communicator is over."""
 
 
+# Calls run(exchange, timeout): C++ that exchanges by itself as often as it likes, through `csrc/shm.h`'s object, or None
+# where there is nobody to exchange with. Of `run`: what the last exchange came to, and the seconds all of them took.
+Through = Callable[[Callable[[Any, float], tuple[int, float]]], None]
+
+
 class Communicator(Protocol):
-    """The ranks of one group. Every rank calls the same methods in the same order with the same shapes."""
+    """The ranks of one group. Every rank calls the same methods in the same order with the same shapes.
+
+    through: for many exchanges without coming back to Python; None where that can't be. Raises PeerLost.
+    """
 
     rank: int
     size: int
+
+    @property
+    def through(self) -> Through | None: ...
 
     def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[...] float32, bfloat16 or float16 -> the same shape, of `dtype` or else x's, summed over the ranks.
@@ -40,6 +52,9 @@ class Solo:
 
     rank = 0
     size = 1
+
+    def through(self, run: Callable[[Any, float], tuple[int, float]]) -> None:
+        run(None, 0.0)
 
     def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return summable(x).to(dtype or x.dtype, copy=True)

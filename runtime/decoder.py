@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 from runtime.attention import Pass
 from runtime.batch import Batch, Piece
 from runtime.checkpoint import ModelError
-from runtime.comm import PeerLost, Solo
+from runtime.comm import PeerLost
 from runtime.experts import choosing
 from runtime.kernels.packed import PackedInt8
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layer import FusedLayer, Gated, Norm, Parts, Scoring, learn_activation, learn_norm, match, random_like
 from runtime.linear import ColumnParallel, Dense, Int8
-from runtime.shared_memory import SharedMemory
 from runtime.skeleton import replace
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class Decoder:
     @cached_property
     def at_once(self) -> bool:
         """Whether C++ can go through all layers by itself."""
-        return all(isinstance(layer.sums, Solo | SharedMemory) for layer in self.layers)
+        return all(layer.sums is not None and layer.sums.through is not None for layer in self.layers)
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """What the head multiplies, [L, W]: the rows that want logits, normed."""
@@ -81,10 +80,9 @@ class Decoder:
         """x [T, W] -> x, update after the last layer; their sum is what it gives."""
         native = [layer.native for layer in self.layers]
         if all(native) and self.at_once and x.is_contiguous():
-            comm = self.layers[0].sums
             at = self.kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
-            several = comm if isinstance(comm, SharedMemory) else None
-            x, last = self.kernels.run_layers(native, x, cache.keys, cache.values, at, several)
+            through = self.layers[0].sums.through  # type: ignore[union-attr]
+            x, last = self.kernels.run_layers(native, x, cache.keys, cache.values, at, through)
             return x, last
         update: Tensor | None = None
         for layer in self.layers:

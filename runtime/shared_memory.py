@@ -4,7 +4,9 @@ import mmap
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +27,8 @@ class SharedMemory:
     """Ranks of one host, through a file in memory: some microseconds an exchange, and no thread or socket.
 
     `name` belongs to this group alone; the file is unlinked as soon as every rank has attached. A message larger than
-    `capacity` bytes goes in pieces; the file takes `2 * size * capacity` bytes. A wait ends after `timeout` seconds. native:
-    what C++ exchanges through by itself, and `fail` then says what became of it.
+    `capacity` bytes goes in pieces; the file takes `2 * size * capacity` bytes. A wait ends after `timeout` seconds; signals
+    wait for the end of `through`.
 
     Raises SharedMemoryError, PeerLost, or BuildError where the C++ extension can't be built.
     """
@@ -83,15 +85,20 @@ class SharedMemory:
 
     def close(self) -> None:
         if self._lost is None:
-            self.native.leave()
+            self._native.leave()
             self._lost = PeerLost(f"rank {self.rank} has closed its communicator")
 
-    def check(self) -> None:
-        """Raises PeerLost once the communicator is over."""
+    def through(self, run: Callable[[Any, float], tuple[int, float]]) -> None:
+        self._check()
+        state, _ = run(self._native, self.timeout)
+        if state:
+            self._end(state)
+
+    def _check(self) -> None:
         if self._lost is not None:
             raise self._lost
 
-    def fail(self, state: int) -> None:
+    def _end(self, state: int) -> None:
         """Raises PeerLost for what an exchange came to, as `csrc/shm.h` has it."""
         if state < 0:
             self._fail(f"rank {-1 - state} and rank {self.rank} exchange different things (kind or size)")
@@ -100,21 +107,21 @@ class SharedMemory:
         self._fail(f"{_ranks(state)} did not come within {self.timeout:g} s to where rank {self.rank} waits")
 
     def _exchange(self, kind: int, x: Tensor, out: Tensor) -> None:
-        self.check()
+        self._check()
         if x.device.type != "cpu":
             raise ValueError(f"shared memory carries tensors of the CPU, not of {x.device}")
         end = time.monotonic() + self.timeout
-        self.native.begin(x, kind)
+        self._native.begin(x, kind)
         while True:  # in slices, so that Python's signal handlers run
-            state = self.native.end(x, out, kind, min(0.2, max(0.0, end - time.monotonic())))
+            state = self._native.end(x, out, kind, min(0.2, max(0.0, end - time.monotonic())))
             if state == 0:
                 return
             if state < 0 or state >> 32 or time.monotonic() >= end:
-                self.fail(state)
+                self._end(state)
 
     def _fail(self, why: str) -> None:
         self._lost = PeerLost(why)
-        self.native.leave()
+        self._native.leave()
         raise self._lost
 
     def _create(self) -> None:
@@ -182,7 +189,7 @@ class SharedMemory:
                 return False
             self._identity = (about.st_dev, about.st_ino)
             self._memory = torch.frombuffer(mmap.mmap(file, self._bytes), dtype=torch.uint8)
-            self.native = torch.classes.quasar.Exchange(self._memory, self.rank, self.size, self.capacity, self._spins)
+            self._native = torch.classes.quasar.Exchange(self._memory, self.rank, self.size, self.capacity, self._spins)
         finally:
             os.close(file)
         return True

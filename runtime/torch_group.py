@@ -38,6 +38,8 @@ class TorchGroup:
         self._peers = peers
         self._loose = loose
 
+    through = None
+
     def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or x.dtype
         small = summable(x).nbytes <= WHOLE

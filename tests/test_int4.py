@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -178,6 +179,24 @@ def test_a_row_is_alone(module: ModuleType, activations: str, seed: int) -> None
             assert spoilt[3].isnan().all() or activations == "16bit"
             rest = torch.arange(150) != 3
             assert torch.equal(spoilt[rest], whole[rest])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_of_several_callers(module: ModuleType, seed: int) -> None:
+    """More of them than cores, so that some come late to every loop."""
+    torch.manual_seed(seed)
+    before = torch.get_num_threads()
+    packed = module.pack_int4(int4.quantize(torch.randn(600, 128), 64, symmetric=True), "int8")
+    inputs = [torch.randn(70, 128) for _ in range(3)]
+    try:
+        torch.set_num_threads(1)
+        expected = [module.int4_linear(x, packed) for x in inputs]
+        torch.set_num_threads(7)
+        with ThreadPoolExecutor(len(inputs)) as pool:
+            for _ in range(50):
+                found = list(pool.map(lambda x: module.int4_linear(x, packed), inputs))
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     finally:
         torch.set_num_threads(before)
 

@@ -14,12 +14,14 @@ from tiny_models import config_of, logits_on, make, on_ranks, prompts, ragged, r
 from torch import Tensor, nn
 
 from runtime.batch import Piece
+from runtime.clock import Clock
 from runtime.comm import Communicator, PeerLost, Solo
 from runtime.kernels import reference as plain
 from runtime.kernels import select
 from runtime.layer import FusedLayer, learn_activation, learn_norm
 from runtime.model import Model, load_model
 from runtime.shared_memory import SharedMemory
+from workers.metered import Metered
 
 FUSED = [*FAMILIES, "smollm3", "gemma", "seed_oss"]
 
@@ -151,7 +153,8 @@ def test_norms_and_activations_are_learnt(seed: int) -> None:
 def test_fewer_calls_give_what_the_operations_give(
     kind: str, size: int, in_memory: bool, quantization: str, seed: int, tmp_path: Path
 ) -> None:
-    """One for all layers of a rank that is alone or shares memory with the others, two for each layer elsewhere."""
+    """One for all layers of a rank that is alone or shares memory with the others, two for each layer elsewhere; as in a job,
+    where the time of exchanges is counted."""
     if in_memory and select(torch.device("cpu")) is plain:
         pytest.skip("needs the C++ kernels")
     rng = random.Random(seed)
@@ -164,11 +167,15 @@ def test_fewer_calls_give_what_the_operations_give(
     def both(comm: Communicator) -> tuple[list[Tensor], list[Tensor], int]:
         if in_memory:  # so little that sums go in pieces
             comm = SharedMemory(f"layers-{os.getpid()}-{seed}", comm.rank, size, capacity=1024)
-        model = load_model(config, comm)
+        clock = Clock()
+        model = load_model(config, Metered(comm, clock))
         assert model.decoder is not None
         layers = [layer for layer in model.decoder.layers if layer.native is not None]
         assert model.decoder.at_once == (size == 1 or in_memory) or not layers
-        whole = run(model, batches, len(sequences))
+        clock.seconds.clear()
+        with clock.part("forward"):
+            whole = run(model, batches, len(sequences))
+        assert clock.seconds["forward"] > 0 and (size == 1 or clock.seconds["exchange"] > 0)
         for layer in layers:
             layer.native = None
         return whole, run(model, batches, len(sequences)), len(layers)

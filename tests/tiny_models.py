@@ -59,6 +59,8 @@ class Threads:
 
 
 class ThreadRank:
+    through = None
+
     def __init__(self, group: Threads, rank: int) -> None:
         self.group, self.rank, self.size = group, rank, group.size
         self.calls = 0

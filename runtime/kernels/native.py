@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.comm import Through
 from runtime.kernels.build import load_extension
 from runtime.kernels.packed import PackedInt4
-from runtime.shared_memory import SharedMemory
 
 load_extension()
 _classes = torch.classes.quasar
@@ -64,16 +64,14 @@ class NativeLayer:
 
 def run_layers(
     layers: Sequence[NativeLayer], x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], at: Any,
-    comm: SharedMemory | None,
+    through: Through,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """All layers in one call: x [T, W] -> x, update, whose sum comes out of the last. comm: None for a rank that is alone.
+    """All layers in one call: x [T, W] -> x, update, whose sum comes out of the last. Raises PeerLost."""
+    made: list[Tensor] = []
 
-    Signals wait for the end of the call. Raises PeerLost.
-    """
-    if comm is not None:
-        comm.check()
-    exchange, timeout = (None, 0.0) if comm is None else (comm.native, comm.timeout)
-    x, update, state = _run_layers([layer.layer for layer in layers], x, keys, values, at, exchange, timeout)
-    if state and comm is not None:
-        comm.fail(state)
-    return x, update
+    def run(exchange: Any, timeout: float) -> tuple[int, float]:
+        *made[:], state, seconds = _run_layers([each.layer for each in layers], x, keys, values, at, exchange, timeout)
+        return state, seconds
+
+    through(run)
+    return made[0], made[1]

@@ -4,18 +4,17 @@
 // every row and every query head that shares them. A row's own order of operations is fixed: products of a score in order of
 // the dimension, pieces from the first to the last, keys within a piece from the first to the last. Keys are turned, so that
 // sixteen scores are computed side by side, four bytes at a time whatever they hold; `rows.h` has the layout of a row.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "rows.h"
 #include "simd.h"
+#include "team.h"
 
 namespace quasar {
 namespace {
@@ -349,10 +348,9 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
       const auto* q = static_cast<const T*>(query.const_data_ptr());
       const auto *k = static_cast<const C*>(key_cache.const_data_ptr()), *v = static_cast<const C*>(value_cache.const_data_ptr());
       auto* y = static_cast<T*>(out.mutable_data_ptr());
-      std::atomic<int64_t> next{0};  // tasks are uneven: a thread takes the next one when it is done
-      at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), all), 1, [&](int64_t, int64_t) {
+      parallel_for(all, 1, [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
-        for (int64_t i; (i = next.fetch_add(1)) < all;) {
+        for (int64_t i = begin; i < end; ++i) {
           const Task& task = tasks[i / s.kv_heads];
           run_task(s, task, i % s.kv_heads, q, k, v, table + std::max<int64_t>(row[task.begin], 0) * s.max_blocks, position,
                    sink, y, scratch);
@@ -376,7 +374,7 @@ void write_cache(const at::Tensor& key, const at::Tensor& value, at::Tensor key_
       const int64_t width = row_width<C>(dim);
       auto *k = static_cast<C*>(key_cache.mutable_data_ptr()), *v = static_cast<C*>(value_cache.mutable_data_ptr());
       const auto *from_k = static_cast<const T*>(key.const_data_ptr()), *from_v = static_cast<const T*>(value.const_data_ptr());
-      at::parallel_for(0, key.size(0), 16, [&](int64_t begin, int64_t end) {
+      parallel_for(key.size(0), 16, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t)
           for (int64_t h = 0; slot[t] >= 0 && h < heads; ++h) {
             const int64_t to = (((slot[t] / block) * heads + h) * block + slot[t] % block) * width;

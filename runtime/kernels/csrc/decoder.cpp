@@ -7,12 +7,14 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <chrono>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "shm.h"
+#include "team.h"
 
 namespace quasar {
 
@@ -94,47 +96,65 @@ struct Layer : torch::CustomClassHolder {
   // x, update [T, W] -> what the output projection makes of this rank's heads [T, W]; x + update.
   Both attention(const at::Tensor& x, const Given& update, const at::Tensor& key_cache, const at::Tensor& value_cache,
                  const Held<Places>& at) const {
-    const auto [normed, total] = rms_norm(x, *first->weight, first->eps, first->early, update);
-    const at::Tensor queries =
-        rotary_write((*qkv)(normed, x.scalar_type()), at->cos, at->sin, query->weight, key->weight, query->eps, query->early,
-                     key_cache, value_cache, at->slots, dim);
-    const at::Tensor heads = paged_attention(queries, key_cache, value_cache, at->tables, at->rows, at->positions, scale,
-                                             window, soft_cap, sinks);
-    return {(*output)(heads.view({x.size(0), -1}), part_of(x)), total};
+    at::Tensor part, total;
+    together([&] {
+      at::Tensor normed;
+      std::tie(normed, total) = rms_norm(x, *first->weight, first->eps, first->early, update);
+      const at::Tensor queries =
+          rotary_write((*qkv)(normed, x.scalar_type()), at->cos, at->sin, query->weight, key->weight, query->eps,
+                       query->early, key_cache, value_cache, at->slots, dim);
+      const at::Tensor heads = paged_attention(queries, key_cache, value_cache, at->tables, at->rows, at->positions, scale,
+                                               window, soft_cap, sinks);
+      part = (*output)(heads.view({x.size(0), -1}), part_of(x));
+    });
+    return {part, total};
   }
 
   // x, update [T, W] -> what the down projection makes of this rank's gates and ups [T, W]; x + update.
   Both mlp(const at::Tensor& x, const at::Tensor& update) const {
-    const auto [normed, total] = rms_norm(x, *second->weight, second->eps, second->early, update);
-    return {(*down)(gated((*gate_up)(normed, x.scalar_type()), is_gelu), part_of(x)), total};
+    at::Tensor part, total;
+    together([&] {
+      at::Tensor normed;
+      std::tie(normed, total) = rms_norm(x, *second->weight, second->eps, second->early, update);
+      part = (*down)(gated((*gate_up)(normed, x.scalar_type()), is_gelu), part_of(x));
+    });
+    return {part, total};
   }
 };
 
-// All layers: x [T, W] -> x and update, whose sum comes out of the last, and what an exchange came to that failed, or 0. Parts
-// are added up by `exchange`, which a rank that is alone doesn't need; a wait for others ends after `seconds`.
-std::tuple<at::Tensor, at::Tensor, int64_t> run_layers(const c10::List<c10::intrusive_ptr<Layer>>& layers, at::Tensor x,
-                                                       at::TensorList key_caches, at::TensorList value_caches,
-                                                       const c10::intrusive_ptr<Places>& at,
-                                                       const std::optional<c10::intrusive_ptr<Exchange>>& exchange,
-                                                       double seconds) {
+// All layers: x [T, W] -> x and update, whose sum comes out of the last; what an exchange came to that failed, or 0; seconds
+// that all exchanges took. Parts are added up by `exchange`, which a rank that is alone doesn't need; a wait for others ends
+// after `timeout` seconds.
+std::tuple<at::Tensor, at::Tensor, int64_t, double> run_layers(const c10::List<c10::intrusive_ptr<Layer>>& layers,
+                                                               at::Tensor x, at::TensorList key_caches,
+                                                               at::TensorList value_caches,
+                                                               const c10::intrusive_ptr<Places>& at,
+                                                               const std::optional<c10::intrusive_ptr<Exchange>>& exchange,
+                                                               double timeout) {
   TORCH_CHECK(!layers.empty(), "a decoder has layers");
+  using Clock = std::chrono::steady_clock;
   int64_t state = 0;
+  Clock::duration spent{};
   auto summed = [&](const at::Tensor& part) {
     if (!exchange) return part;
     const at::Tensor out = at::empty_like(x);
-    state = (*exchange)->all_reduce(part, out, seconds);
+    const Clock::time_point start = Clock::now();
+    state = (*exchange)->all_reduce(part, out, timeout);
+    spent += Clock::now() - start;
     return out;
   };
   Given update;
-  for (size_t i = 0; i < layers.size() && state == 0; ++i) {
-    const c10::intrusive_ptr<Layer> layer = layers[i];
-    std::tie(update, x) = layer->attention(x, update, key_caches[i], value_caches[i], at);
-    update = summed(*update);
-    if (state) break;
-    std::tie(update, x) = layer->mlp(x, *update);
-    update = summed(*update);
-  }
-  return {x, *update, state};
+  together([&] {
+    for (size_t i = 0; i < layers.size() && state == 0; ++i) {
+      const c10::intrusive_ptr<Layer> layer = layers[i];
+      std::tie(update, x) = layer->attention(x, update, key_caches[i], value_caches[i], at);
+      update = summed(*update);
+      if (state) break;
+      std::tie(update, x) = layer->mlp(x, *update);
+      update = summed(*update);
+    }
+  });
+  return {x, *update, state, std::chrono::duration<double>(spent).count()};
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 // for it once; a result is summed over the inputs, 32 at a time. Everywhere else 32 outputs become the lanes of two vectors,
 // some inputs at a time, and all rows are multiplied with them; a result is summed over the inputs one after another, or
 // pair after pair where a CPU multiplies pairs of bfloat16. Neither order depends on other rows or other outputs.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

@@ -3,7 +3,6 @@
 // Arithmetic is float; values are rounded to the tensors' dtype where a chain of torch operations would store them, which
 // costs nothing here and keeps 16-bit results next to those of such a chain. A row, or a head of a row, is computed by one
 // thread in an order that its width alone fixes.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,6 +14,7 @@
 
 #include "rows.h"
 #include "simd.h"
+#include "team.h"
 
 namespace quasar {
 namespace {
@@ -89,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tenso
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* more = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
     auto *to = static_cast<T*>(out.mutable_data_ptr()), *added = more ? static_cast<T*>(total.mutable_data_ptr()) : nullptr;
-    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
       std::vector<float> row(padded(width));
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t d = 0; d < width; d += LANES) {
@@ -130,7 +130,7 @@ at::Tensor rotary_write(const at::Tensor& qkv, const at::Tensor& cos, const at::
       auto* query = static_cast<T*>(out.mutable_data_ptr());
       auto *keys = static_cast<C*>(key_cache.mutable_data_ptr()), *values = static_cast<C*>(value_cache.mutable_data_ptr());
       const int64_t width = row_width<C>(dim);
-      at::parallel_for(0, count * all, 128, [&](int64_t begin, int64_t end) {
+      parallel_for(count * all, 128, [&](int64_t begin, int64_t end) {
         std::vector<float> x(padded(dim));
         for (int64_t i = begin; i < end; ++i) {
           const int64_t t = i / all, h = i % all;
@@ -163,7 +163,7 @@ at::Tensor gated(const at::Tensor& both, bool is_gelu) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto* from = static_cast<const T*>(both.const_data_ptr());
     auto* to = static_cast<T*>(out.mutable_data_ptr());
-    at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m)
         for (int64_t d = 0; d < width; d += LANES) {
           const int n = lanes_at(d, width);

@@ -6,7 +6,6 @@
 //
 // Integer sums are exact, and what follows them is multiplied and added one rounding at a time (nothing is fused), so
 // every instruction set gives the same bits; `runtime/kernels/reference.py` says which.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -43,7 +42,7 @@ Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
   q.code.resize(rows * q.stride);
   q.scale.resize(rows * groups);
   q.sum.resize(rows * groups);
-  at::parallel_for(0, rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       for (int64_t g = 0; g < groups; ++g) {
         const T* from = x + m * inputs + g * group;
@@ -128,7 +127,7 @@ template <class Function>
 void over_tiles(at::Tensor& out, int64_t inputs, const Function& f) {
   const int64_t rows = out.size(0), outputs = out.size(1), tiles = (outputs + LANES - 1) / LANES;
   const int64_t work = std::max<int64_t>(1, inputs * LANES * std::min<int64_t>(rows, ROWS));
-  at::parallel_for(0, tiles, std::max<int64_t>(1, 262144 / work), [&](int64_t begin, int64_t end) {
+  parallel_for(tiles, std::max<int64_t>(1, 262144 / work), [&](int64_t begin, int64_t end) {
     alignas(64) float y[Segments::DEPTH * STACK];
     for (int64_t m = 0; m < rows; m += ROWS)
       for (int64_t tile = begin; tile < end; ++tile) {

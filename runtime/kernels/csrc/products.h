@@ -1,7 +1,6 @@
 // What products have in common: rows in registers, and sums over segments of the inputs.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "team.h"
 
 namespace quasar {
 
@@ -38,7 +38,7 @@ inline int64_t spread(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 // Threads share a dense product's outputs: f(begin, end) in units of 32; work: of each output.
 template <class Function>
 void over_outputs(int64_t outputs, int64_t work, const Function& f) {
-  at::parallel_for(0, (outputs + WIDE - 1) / WIDE, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work * WIDE)), f);
+  parallel_for((outputs + WIDE - 1) / WIDE, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work * WIDE)), f);
 }
 
 // Segments of the inputs, at most eight, whose sums are added as a binary tree: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).

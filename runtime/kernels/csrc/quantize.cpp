@@ -2,7 +2,6 @@
 //
 // The bits are those of `runtime/quantize/int4.py`: the same operations on the same float32 values, one rounding at a time,
 // and sums folded by halves.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "team.h"
 
 namespace quasar {
 namespace {
@@ -130,7 +130,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, bool> quantize_int4(const at::Ten
   std::atomic<bool> finite = true;
   by_dtype(weight.scalar_type(), [&](auto* type) {
     const auto* from = static_cast<decltype(type)>(weight.data_ptr());
-    at::parallel_for(0, outputs, std::max<int64_t>(1, GRAIN / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
+    parallel_for(outputs, std::max<int64_t>(1, GRAIN / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
       Group g(group);
       bool fine = true;
       for (int64_t i = begin * groups; i < end * groups; ++i) {
@@ -159,7 +159,7 @@ at::Tensor tile_int4(const at::Tensor& codes) {
   at::Tensor out = at::empty({tiles, steps, LANES, 4}, codes.options());
   const uint8_t* from = codes.const_data_ptr<uint8_t>();
   uint8_t* to = out.data_ptr<uint8_t>();
-  at::parallel_for(0, tiles, std::max<int64_t>(1, GRAIN / std::max<int64_t>(LANES * inputs, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(tiles, std::max<int64_t>(1, GRAIN / std::max<int64_t>(LANES * inputs, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       uint8_t* tile = to + t * steps * 64;
       for (int64_t r = 0; r < LANES; ++r) {

@@ -3,7 +3,6 @@
 // The noise is a hash of (seed, position, token), so it is computed where it can matter and nowhere else: a token whose
 // score could not win with the largest noise there is isn't hashed, and of those hashed only the few whose uniform
 // number is large enough for their distance from the best so far get their two logarithms.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "team.h"
 
 namespace quasar {
 namespace {
@@ -124,7 +124,7 @@ std::tuple<at::Tensor, at::Tensor> best_tokens(const at::Tensor& logits, const a
   auto* score = scores.data_ptr<float>();
   auto* id = ids.data_ptr<int64_t>();
   auto run = [&](const auto* data) {
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         Best best = largest(data + r * count, count);
         if (temperature[r] > 0 && best.score == best.score)

@@ -6,13 +6,12 @@
 // finished reading s; so one wait per exchange is enough.
 #include "shm.h"
 
-#include <sched.h>
-
 #include <atomic>
 #include <bit>
 #include <chrono>
 
 #include "simd.h"
+#include "team.h"
 
 namespace quasar {
 namespace {
@@ -25,12 +24,6 @@ struct alignas(128) Line {
 };
 static_assert(sizeof(Line) == 128, "runtime/shared_memory.py counts in lines of 128 bytes");
 static_assert(std::atomic<int64_t>::is_always_lock_free, "flags between processes must be lock-free");
-
-inline void relax() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
 
 // Added as a binary tree, ((0 + 1) + (2 + 3)) + ...: a stack holds the trees that are complete.
 template <class T, class Out>
@@ -66,7 +59,8 @@ int64_t Exchange::end(const at::Tensor& x, at::Tensor out, int64_t kind, double 
   TORCH_CHECK(out.is_contiguous(), "an exchange must be contiguous");
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   int64_t missing = 0;
-  for (int64_t turn = 0;; ++turn) {
+  Patience wait(spins);
+  for (int64_t turn = 1;; ++turn) {
     missing = 0;
     for (int64_t r = 0; r < ranks; ++r)
       if (lines[r].done.load(std::memory_order_acquire) < number)
@@ -79,12 +73,8 @@ int64_t Exchange::end(const at::Tensor& x, at::Tensor out, int64_t kind, double 
       if (gone) return missing;
       continue;
     }
-    if (turn < spins) {
-      relax();
-      continue;
-    }
-    if (turn % 16 == 0 && std::chrono::steady_clock::now() >= end) return missing;
-    sched_yield();
+    if (turn % 16 == 0 && turn > spins && std::chrono::steady_clock::now() >= end) return missing;
+    wait();
   }
   for (int64_t r = 0; r < ranks; ++r)
     if (lines[r].tag[number & 1].load(std::memory_order_relaxed) != tag(x, kind)) return -1 - r;
