@@ -12,6 +12,7 @@
 #include <cmath>
 #include <vector>
 
+#include "dot.h"
 #include "rows.h"
 #include "simd.h"
 #include "team.h"
@@ -119,6 +120,10 @@ void widen_values(const Shape& s, int low, int high, const Piece<C>& piece, floa
     }
 }
 
+// Whether queries and keys are multiplied in pairs; queries then lie in pairs as well.
+template <class C>
+constexpr bool in_pairs = HAS_PAIRS && std::is_same_v<C, c10::BFloat16>;
+
 // weights[r][0..16 V) = query[r] . keys, turned, times their steps.
 template <int R, int V, class C>
 QUASAR_INLINE void scores(const float* const* query, const float* turned, const float* step, int64_t padded,
@@ -128,6 +133,11 @@ QUASAR_INLINE void scores(const float* const* query, const float* turned, const 
   for (int64_t u = 0; u < padded / PER; ++u) {
     F unit[V];
     for (int v = 0; v < V; ++v) unit[v] = load(turned + u * PIECE + at + v * LANES);
+    if constexpr (in_pairs<C>) {
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] = dot_pairs(acc[r][v], unit[v], read<int32_t>(query[r] + u));
+      continue;
+    }
 #pragma GCC unroll 4
     for (int e = 0; e < PER; ++e) {
       F k[V];
@@ -249,9 +259,12 @@ void run_task(const Shape& s, const Task& task, int64_t kv, const T* query, cons
     if (p < 0) continue;
     first = std::min(first, start(i));
     last = std::max(last, p);
-    for (int64_t h = 0; h < share; ++h)
-      for (int64_t d = 0; d < s.dim; ++d)
-        m.query[(i * share + h) * s.padded + d] = float(query[((task.begin + i) * s.heads + kv * share + h) * s.dim + d]);
+    for (int64_t h = 0; h < share; ++h) {
+      const T* from = query + ((task.begin + i) * s.heads + kv * share + h) * s.dim;
+      float* to = m.query.data() + (i * share + h) * s.padded;
+      if constexpr (in_pairs<C>) std::memcpy(to, from, s.dim * sizeof(T));
+      else std::copy(from, from + s.dim, to);
+    }
   }
   Piece<C> piece;
   float* values[PIECE];

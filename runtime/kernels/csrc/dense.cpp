@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "amx_dense.h"
+#include "dot.h"
 #include "products.h"
 
 namespace quasar {
@@ -20,11 +21,6 @@ namespace {
 
 constexpr int64_t ROWS = 256;   // of activations, at a time
 constexpr int64_t CHUNK = 128;  // words of a weight's rows that are turned into lanes at a time
-#if defined(__AVX512BF16__)
-constexpr bool HAS_PAIRS = true;
-#else
-constexpr bool HAS_PAIRS = false;
-#endif
 
 // A word is 32 bits: one input as float, or two as bfloat16. The first n of sixteen words, the others zero.
 template <bool PAIRS, class T>
@@ -39,10 +35,7 @@ QUASAR_INLINE F words(const T* p, int n) {
 // sum[n] + weight[n] * x, of the inputs of one word.
 template <bool PAIRS>
 QUASAR_INLINE F multiply_add(F weight, const float* x, F sum) {
-#if defined(__AVX512BF16__)
-  if constexpr (PAIRS)
-    return F(_mm512_dpbf16_ps(__m512(sum), __m512bh(weight), __m512bh(_mm512_set1_epi32(read<int32_t>(x)))));
-#endif
+  if constexpr (PAIRS) return dot_pairs(sum, weight, read<int32_t>(x));
   return fma(weight, splat(*x), sum);
 }
 

@@ -1,4 +1,4 @@
-// Sums of products of bytes: the one operation that each instruction set does in its own way, always exactly.
+// Sums of products of bytes, which each instruction set does in its own way, always exactly; and of pairs of bfloat16.
 #pragma once
 
 #include "simd.h"
@@ -34,6 +34,21 @@ QUASAR_INLINE I dot(I acc, I w, int32_t x) {
   return bits<I>(a);
 #else
   for (int i = 0; i < 4; ++i) acc += ((w >> (8 * i)) & 255) * int32_t(int8_t(uint32_t(x) >> (8 * i)));
+  return acc;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+
+// acc[n] + the two products of bfloat16 in w[n] and in x, where a CPU multiplies pairs.
+QUASAR_INLINE F dot_pairs(F acc, F w, int32_t x) {
+#if defined(__AVX512BF16__)
+  return F(_mm512_dpbf16_ps(__m512(acc), __m512bh(w), __m512bh(_mm512_set1_epi32(x))));
+#else
   return acc;
 #endif
 }
