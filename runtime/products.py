@@ -24,7 +24,7 @@ from runtime.quantize.stored import Order, expand, order_of, read_int4
 from runtime.shard import Span
 
 PIECE = 1 << 20  # weights that are worked on at a time, so that little is in memory beside what is finished
-ROWS = 16  # of which a packed piece has a multiple
+ROWS = 32  # of which a packed piece has a multiple
 
 Part = tuple[str, Span, Span]  # a linear's path, and the rows and columns of its weight
 

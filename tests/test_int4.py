@@ -260,11 +260,11 @@ def test_shards_make_the_whole_product(module: ModuleType, seed: int) -> None:
 def test_packed_pieces_are_joined(module: ModuleType, seed: int) -> None:
     """Also where only some have zero points, or scales that need 32 bits."""
     torch.manual_seed(seed)
-    pieces = [int4.quantize(torch.randn(rows, 128), 32, symmetric) for rows, symmetric in ((32, True), (16, False), (5, True))]
+    pieces = [int4.quantize(torch.randn(rows, 128), 32, symmetric) for rows, symmetric in ((64, True), (32, False), (5, True))]
     pieces[2] = dataclasses.replace(pieces[2], scale=pieces[2].scale * 1.001)
     whole = module.pack_int4(int4.merge(pieces), "int8")
-    joined = PackedInt4.join([module.pack_int4(piece, "int8") for piece in pieces], 53, Pages())
-    assert (joined.out_features, joined.nbytes) == (53, whole.nbytes)
+    joined = PackedInt4.join([module.pack_int4(piece, "int8") for piece in pieces], 101, Pages())
+    assert (joined.out_features, joined.nbytes) == (101, whole.nbytes)
     x, w = torch.randn(5, 128), torch.randn(53, 40)
     assert torch.equal(module.int4_linear(x, joined), module.int4_linear(x, whole))
     eights = [int8.quantize(rows) for rows in w.split([32, 21])]

@@ -29,7 +29,7 @@ from runtime.quantize.int4 import MIDDLE, NOT_FINITE, Int4Weight
 from runtime.quantize.int8 import Int8Weight
 
 SEGMENTS = True  # whether products can be summed in segments of their inputs
-TILE = 16  # outputs that lie side by side in a packed weight
+TILE4, TILE8 = 32, 16  # outputs that lie side by side in a packed weight of so many bits
 
 load_extension()
 _ops = torch.ops.quasar
@@ -76,8 +76,8 @@ def pack_int4(weight: Int4Weight, activations: str) -> PackedInt4:
     symmetric = bool((weight.zero == MIDDLE).all())
     return PackedInt4(
         codes=_ops.tile_int4(weight.codes.contiguous()),
-        scale=narrow_scale(_tiled(weight.scale).transpose(1, 2).contiguous()),
-        zero=None if symmetric else _tiled(weight.zero).transpose(1, 2).contiguous(),
+        scale=narrow_scale(_tiled(weight.scale, TILE4).transpose(1, 2).contiguous()),
+        zero=None if symmetric else _tiled(weight.zero, TILE4).transpose(1, 2).contiguous(),
         out_features=outputs,
         in_features=inputs,
         group_size=weight.group_size,
@@ -100,9 +100,9 @@ def int4_linear(
 def pack_int8(weight: Int8Weight) -> PackedInt8:
     outputs, inputs = weight.codes.shape
     codes = torch.nn.functional.pad(weight.codes, (0, -inputs % 4))
-    tiles = _tiled((codes.short() + 128).to(torch.uint8))
-    tiles = tiles.view(len(tiles), TILE, codes.shape[1] // 4, 4).transpose(1, 2).contiguous()
-    return PackedInt8(tiles, _tiled(weight.scale), outputs, inputs)
+    tiles = _tiled((codes.short() + 128).to(torch.uint8), TILE8)
+    tiles = tiles.view(len(tiles), TILE8, codes.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    return PackedInt8(tiles, _tiled(weight.scale, TILE8), outputs, inputs)
 
 
 def int8_linear(x: Tensor, packed: PackedInt8) -> Tensor:
@@ -159,9 +159,9 @@ def gated(both: Tensor, activation: str) -> Tensor:
     return result
 
 
-def _tiled(x: Tensor) -> Tensor:
-    """[N, ...] -> [tiles, 16, ...], the last tile filled up with zeros."""
-    more = -x.shape[0] % TILE
+def _tiled(x: Tensor, tile: int) -> Tensor:
+    """[N, ...] -> [tiles, tile, ...], the last one filled up with zeros."""
+    more = -x.shape[0] % tile
     if more:
         x = torch.cat([x, x.new_zeros(more, *x.shape[1:])])
-    return x.reshape(len(x) // TILE, TILE, *x.shape[1:]).contiguous()
+    return x.reshape(len(x) // tile, tile, *x.shape[1:]).contiguous()

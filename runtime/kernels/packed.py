@@ -34,7 +34,7 @@ class PackedInt4:
 
     @classmethod
     def join(cls, pieces: Iterable[PackedInt4], out_features: int, pages: Pages) -> PackedInt4:
-        """Weights of the same inputs, one under the other; all but the last have a multiple of 16 outputs.
+        """Weights of the same inputs, one under the other; all but the last have a multiple of 32 outputs.
 
         Codes are copied as they come into the place where they stay, so that memory isn't left full of holes.
         """

@@ -53,11 +53,11 @@ class AmxTiles {
   alignas(64) unsigned char before_[64];
 };
 
-// Four-bit codes of one group of a tile as bytes: [group / 4][16][4].
-inline void amx_unpack(const uint8_t* weight, int64_t steps, uint8_t* to) {
+// Four-bit codes of one group of half a tile, `apart` bytes from step to step, as bytes: [group / 4][16][4].
+inline void amx_unpack(const uint8_t* weight, int64_t apart, int64_t steps, uint8_t* to) {
   for (int64_t s = 0; s < steps; ++s) {
-    const I w = read<I>(weight + s * 64);
-    __builtin_prefetch(weight + s * 64 + 2048);
+    const I w = read<I>(weight + s * apart);
+    __builtin_prefetch(weight + s * apart + 2048);
     const I low = w & 0x0f0f0f0f, high = (w >> 4) & 0x0f0f0f0f;
     std::memcpy(to + s * 128, &low, 64);
     std::memcpy(to + s * 128 + 64, &high, 64);
@@ -101,7 +101,7 @@ inline bool amx_allowed() { return false; }
 struct AmxTiles {
   explicit AmxTiles(int64_t) {}
 };
-inline void amx_unpack(const uint8_t*, int64_t, uint8_t*) {}
+inline void amx_unpack(const uint8_t*, int64_t, int64_t, uint8_t*) {}
 template <int TILES>
 inline void amx_products(const uint8_t*, const int8_t*, int64_t, int64_t, int64_t, int32_t*) {}
 

@@ -1,8 +1,9 @@
 // Products with packed weights of four and eight bits.
 //
-// Sixteen outputs make a tile. Its weights lie in the order in which the inputs come: 64 bytes are sixteen outputs by
-// four inputs (one int32 lane each), and of four-bit weights the low halves are the first four inputs of eight, the high
-// halves the next four. A tile's weights are read once for every 64 rows of activations.
+// Sixteen outputs of eight bits make a tile, or thirty-two of four. Its weights lie in the order in which the inputs come: 64
+// bytes are sixteen outputs by four inputs (one int32 lane each), and of four-bit weights the low halves are the first four
+// inputs of eight, the high halves the next four, of one half of the tile and then of the other. A tile's weights are read once
+// for every 64 rows of activations.
 //
 // Integer sums are exact, and what follows them is multiplied and added one rounding at a time (nothing is fused), so
 // every instruction set gives the same bits; `runtime/kernels/reference.py` says which.
@@ -21,7 +22,10 @@ namespace quasar {
 namespace {
 
 constexpr int ROWS = 64;   // of activations, at a time
-constexpr int64_t STACK = ROWS * LANES;
+// Vectors of outputs in a tile of four bits. An activation goes to all lanes of a register, which on some processors takes turns
+// with products, so one such load serves two of them.
+constexpr int HALVES = TILE4 / LANES;
+constexpr int64_t STACK = ROWS * TILE4;
 // Bytes a weight is asked for before it is needed. It is read once a pass: not by way of the outer caches, so that these keep
 // what comes again, the KV cache and the interpreter.
 constexpr int64_t AHEAD = 8192;
@@ -30,7 +34,7 @@ struct Codes {
   std::vector<int8_t> code;   // [M, K]
   std::vector<float> scale;   // [groups, M]
   std::vector<int32_t> sum;   // [groups, M]
-  int64_t stride;             // of a row of codes
+  int64_t rows, stride;       // M; of a row of codes
 };
 
 // Rounds rows of activations to signed bytes, each group with a scale of its own.
@@ -38,7 +42,7 @@ template <class T>
 Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
   Codes q;
   const int64_t groups = group ? inputs / group : 0;
-  q.stride = spread(inputs);
+  q.rows = rows, q.stride = spread(inputs);
   q.code.resize(rows * q.stride);
   q.scale.resize(rows * groups);
   q.sum.resize(rows * groups);
@@ -63,36 +67,52 @@ Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
   return q;
 }
 
-// One group of one tile for R rows: the exact sum of code times activation is added to sum[r].
-template <int R, bool FOUR>
-QUASAR_INLINE void products(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, I* sum) {
-  constexpr int CHAINS = R <= 4 ? 2 : 1;  // sums side by side, as each waits for the one before
-  I acc[CHAINS][R] = {};
+// One group of one tile for R rows: the exact sum of code times activation is added to sum[h][r].
+template <int R>
+QUASAR_INLINE void products(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, I (*sum)[R]) {
+  constexpr int CHAINS = R <= 2 ? 2 : 1;  // sums side by side, as each waits for the one before
+  I acc[CHAINS][HALVES][R] = {};
+  for (int64_t s = 0; s < steps; ++s) {
+    I low[HALVES], high[HALVES];
+#pragma GCC unroll 2
+    for (int h = 0; h < HALVES; ++h) {
+      const I w = read<I>(weight + (s * HALVES + h) * 64);
+      __builtin_prefetch(weight + (s * HALVES + h) * 64 + AHEAD, 0, 0);
+      low[h] = w & 0x0f0f0f0f, high[h] = (w >> 4) & 0x0f0f0f0f;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const int32_t first = read<int32_t>(x + r * stride + s * 8), second = read<int32_t>(x + r * stride + s * 8 + 4);
+#pragma GCC unroll 2
+      for (int h = 0; h < HALVES; ++h) acc[0][h][r] = dot<true>(acc[0][h][r], low[h], first);
+#pragma GCC unroll 2
+      for (int h = 0; h < HALVES; ++h) acc[CHAINS - 1][h][r] = dot<true>(acc[CHAINS - 1][h][r], high[h], second);
+    }
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < HALVES; ++h)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[h][r] += CHAINS == 2 ? acc[0][h][r] + acc[CHAINS - 1][h][r] : acc[0][h][r];
+}
+
+// All of one tile of eight bits for R rows.
+template <int R>
+QUASAR_INLINE void products8(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, I* sum) {
   for (int64_t s = 0; s < steps; ++s) {
     const I w = read<I>(weight + s * 64);
     __builtin_prefetch(weight + s * 64 + AHEAD, 0, 0);
-    if constexpr (FOUR) {
-      const I low = w & 0x0f0f0f0f, high = (w >> 4) & 0x0f0f0f0f;
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        acc[0][r] = dot<true>(acc[0][r], low, read<int32_t>(x + r * stride + s * 8));
-        acc[CHAINS - 1][r] = dot<true>(acc[CHAINS - 1][r], high, read<int32_t>(x + r * stride + s * 8 + 4));
-      }
-    } else {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[0][r] = dot<false>(acc[0][r], w, read<int32_t>(x + r * stride + s * 4));
-    }
+    for (int r = 0; r < R; ++r) sum[r] = dot<false>(sum[r], w, read<int32_t>(x + r * stride + s * 4));
   }
-  for (int r = 0; r < R; ++r) sum[r] += CHAINS == 2 ? acc[0][r] + acc[CHAINS - 1][r] : acc[0][r];
 }
 
-// The same with activations in float: sum[r] = the sum of (code - zero) * x, even and odd quads apart.
+// Half a tile's group with activations in float: sum[r] = the sum of (code - zero) * x, even and odd quads apart.
 template <int R>
 QUASAR_INLINE void products16(const uint8_t* weight, F zero, const float* x, int64_t stride, int64_t steps, F* sum) {
   F acc[2][R] = {};
   for (int64_t s = 0; s < steps; ++s) {
-    const I w = read<I>(weight + s * 64);
-    __builtin_prefetch(weight + s * 64 + AHEAD, 0, 0);
+    const I w = read<I>(weight + s * HALVES * 64);
+    __builtin_prefetch(weight + s * HALVES * 64 + AHEAD, 0, 0);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const F low = nibble(w, 8 * i) - zero, high = nibble(w, 8 * i + 4) - zero;
@@ -121,22 +141,25 @@ struct Packed {
   I zero_at(int64_t line) const { return zero ? widen(read<B>(zero + line * LANES)) : splat(int32_t(8)); }
 };
 
-// f(first row, rows, tile, y) fills y [rows, 16], behind which there is room for Segments::DEPTH of it, STACK floats apart;
-// every 64 rows a thread goes through its tiles once.
-template <class Function>
+// f(first row, rows, tile, y) fills y [rows, WIDTH] with a tile's outputs, behind which there is room for Segments::DEPTH of it,
+// STACK floats apart; every 64 rows a thread goes through its tiles once.
+template <int WIDTH, class Function>
 void over_tiles(at::Tensor& out, int64_t inputs, const Function& f) {
-  const int64_t rows = out.size(0), outputs = out.size(1), tiles = (outputs + LANES - 1) / LANES;
-  const int64_t work = std::max<int64_t>(1, inputs * LANES * std::min<int64_t>(rows, ROWS));
+  const int64_t rows = out.size(0), outputs = out.size(1), tiles = (outputs + WIDTH - 1) / WIDTH;
+  const int64_t work = std::max<int64_t>(1, inputs * WIDTH * std::min<int64_t>(rows, ROWS));
   parallel_for(tiles, std::max<int64_t>(1, 262144 / work), [&](int64_t begin, int64_t end) {
     alignas(64) float y[Segments::DEPTH * STACK];
     for (int64_t m = 0; m < rows; m += ROWS)
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t count = std::min<int64_t>(ROWS, rows - m);
         f(m, count, tile, y);
-        const int n = int(std::min<int64_t>(LANES, outputs - tile * LANES));
         by_dtype(out.scalar_type(), [&](auto* type) {
-          auto* to = static_cast<decltype(type)>(out.mutable_data_ptr()) + m * outputs + tile * LANES;
-          for (int64_t r = 0; r < count; ++r) store(to + r * outputs, load(y + r * LANES), n);
+          for (int64_t first = tile * WIDTH; first < std::min(outputs, (tile + 1) * WIDTH); first += LANES) {
+            auto* to = static_cast<decltype(type)>(out.mutable_data_ptr()) + m * outputs + first;
+            const float* from = y + first - tile * WIDTH;
+            const int n = int(std::min<int64_t>(LANES, outputs - first));
+            for (int64_t r = 0; r < count; ++r) store(to + r * outputs, load(from + r * WIDTH), n);
+          }
         });
       }
   });
@@ -148,47 +171,68 @@ QUASAR_INLINE void finish(const I* sum, F scale, const float* x_scale, F* total)
   for (int r = 0; r < R; ++r) total[r] = total[r] + to_float(sum[r]) * (splat(x_scale[r]) * scale);  // sums below 2^24
 }
 
-void int4_by_int8(const Codes& q, const Packed& w, const Segments& segments, at::Tensor& out) {
-  const int64_t groups = w.inputs / w.group, bytes = w.group * LANES / 2;
-  const int64_t step = w.group % 64 == 0 ? 64 : 32, rows = out.size(0);
-  const bool amx = rows >= AMX_ROWS && w.group % 32 == 0 && amx_allowed();
-  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
-    std::optional<AmxTiles> tiles;
-    std::vector<uint8_t> bytes_of;
-    // Rows that AMX multiplies, sixteen at a time, a group after the other; the rest is summed in registers.
-    const int64_t blocks = amx ? count / AMX_ROWS : 0, wide = blocks * AMX_ROWS;
-    if (wide) tiles.emplace(step), bytes_of.resize(w.group * LANES);
-    segments.sum(stack, STACK, count * LANES, [&](int64_t first, int64_t last, float* y) {
-      for (int64_t g = first / w.group; wide && g < last / w.group; ++g) {
-        alignas(64) int32_t sums[ROWS * LANES];
-        const int64_t at = tile * groups + g;
-        const int8_t* x = q.code.data() + m * q.stride + g * w.group;
-        amx_unpack(w.codes + at * bytes, w.group / 8, bytes_of.data());
-        if (count == ROWS)
-          amx_products<4>(bytes_of.data(), x, q.stride, w.group, step, sums);
-        else
-          for (int64_t r = 0; r < wide; r += AMX_ROWS)
-            amx_products<1>(bytes_of.data(), x + r * q.stride, q.stride, w.group, step, sums + r * LANES);
-        const I zero = w.zero_at(at);
-        for (int64_t r = 0; r < wide; ++r) {
-          const I sum = read<I>(sums + r * LANES) - zero * q.sum[g * rows + m + r];
-          F total = load(y + r * LANES);
-          finish<1>(&sum, w.scale_at(at), q.scale.data() + g * rows + m + r, &total);
-          store(y + r * LANES, total);
-        }
+// R rows of activations from x on, in registers from group to group. A function of its own, as compilers run out of registers
+// in large ones.
+template <int R>
+[[gnu::noinline]] void by_registers(const Codes& q, int64_t row, const Packed& w, int64_t tile, int64_t first, int64_t last,
+                                    float* y) {
+  const int64_t groups = w.inputs / w.group, bytes = w.group * TILE4 / 2, rows = q.rows;
+  F total[HALVES][R] = {};
+  for (int64_t g = first / w.group; g < last / w.group; ++g) {
+    const int64_t at = tile * groups + g;
+    I sum[HALVES][R];
+#pragma GCC unroll 2
+    for (int h = 0; h < HALVES; ++h) {
+      const I zero = w.zero_at(at * HALVES + h);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[h][r] = zero * splat(-q.sum[g * rows + row + r]);
+    }
+    products<R>(w.codes + at * bytes, q.code.data() + row * q.stride + g * w.group, q.stride, w.group / 8, sum);
+#pragma GCC unroll 2
+    for (int h = 0; h < HALVES; ++h)
+      finish<R>(sum[h], w.scale_at(at * HALVES + h), q.scale.data() + g * rows + row, total[h]);
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < HALVES; ++h)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store(y + r * TILE4 + h * LANES, total[h][r]);
+}
+
+// Rows that AMX multiplies, sixteen at a time, a group after the other and of it half a tile after the other: added to y.
+void by_amx(const Codes& q, int64_t row, int64_t wide, const Packed& w, int64_t tile, int64_t first, int64_t last, float* y) {
+  const int64_t groups = w.inputs / w.group, bytes = w.group * TILE4 / 2, step = w.group % 64 == 0 ? 64 : 32, rows = q.rows;
+  AmxTiles tiles(step);
+  std::vector<uint8_t> unpacked(w.group * LANES);
+  for (int64_t g = first / w.group; g < last / w.group; ++g)
+    for (int64_t h = 0; h < HALVES; ++h) {
+      alignas(64) int32_t sums[ROWS * LANES];
+      const int64_t at = tile * groups + g;
+      const int8_t* x = q.code.data() + row * q.stride + g * w.group;
+      amx_unpack(w.codes + at * bytes + h * 64, HALVES * 64, w.group / 8, unpacked.data());
+      if (wide == ROWS)
+        amx_products<4>(unpacked.data(), x, q.stride, w.group, step, sums);
+      else
+        for (int64_t r = 0; r < wide; r += AMX_ROWS)
+          amx_products<1>(unpacked.data(), x + r * q.stride, q.stride, w.group, step, sums + r * LANES);
+      const I zero = w.zero_at(at * HALVES + h);
+      const F scale = w.scale_at(at * HALVES + h);
+      for (int64_t r = 0; r < wide; ++r) {
+        const I sum = read<I>(sums + r * LANES) - zero * q.sum[g * rows + row + r];
+        F total = load(y + r * TILE4 + h * LANES);
+        finish<1>(&sum, scale, q.scale.data() + g * rows + row + r, &total);
+        store(y + r * TILE4 + h * LANES, total);
       }
+    }
+}
+
+void int4_by_int8(const Codes& q, const Packed& w, const Segments& segments, at::Tensor& out) {
+  const bool amx = q.rows >= AMX_ROWS && w.group % 32 == 0 && amx_allowed();
+  over_tiles<TILE4>(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
+    const int64_t wide = amx ? count / AMX_ROWS * AMX_ROWS : 0;
+    segments.sum(stack, STACK, count * TILE4, [&](int64_t first, int64_t last, float* y) {
+      if (wide) by_amx(q, m, wide, w, tile, first, last, y);
       by_rows(count - wide, [&]<int R>(int64_t r) {
-        const int64_t from = m + wide + r;
-        F total[R] = {};
-        for (int64_t g = first / w.group; g < last / w.group; ++g) {
-          const int64_t at = tile * groups + g;
-          const I zero = w.zero_at(at);
-          I sum[R];
-          for (int i = 0; i < R; ++i) sum[i] = zero * splat(-q.sum[g * rows + from + i]);
-          products<R, true>(w.codes + at * bytes, q.code.data() + from * q.stride + g * w.group, q.stride, w.group / 8, sum);
-          finish<R>(sum, w.scale_at(at), q.scale.data() + g * rows + from, total);
-        }
-        for (int i = 0; i < R; ++i) store(y + (wide + r + i) * LANES, total[i]);
+        by_registers<R>(q, m + wide + r, w, tile, first, last, y + (wide + r) * TILE4);
       });
     });
   });
@@ -196,21 +240,23 @@ void int4_by_int8(const Codes& q, const Packed& w, const Segments& segments, at:
 
 // x: rows of floats, stride apart.
 void int4_by_16bit(const float* x, int64_t stride, const Packed& w, const Segments& segments, at::Tensor& out) {
-  const int64_t groups = w.inputs / w.group, bytes = w.group * LANES / 2;
-  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
-    segments.sum(stack, STACK, count * LANES, [&](int64_t first, int64_t last, float* y) {
-      for (int64_t g = first / w.group; g < last / w.group; ++g) {
-        const int64_t at = tile * groups + g;
-        const F own = w.scale_at(at), middle = to_float(w.zero_at(at));
-        by_rows(count, [&]<int R>(int64_t r) {
-          F sum[R];
-          products16<R>(w.codes + at * bytes, middle, x + (m + r) * stride + g * w.group, stride, w.group / 8, sum);
-          for (int i = 0; i < R; ++i) {
-            float* to = y + (r + i) * LANES;
-            store(to, fma(sum[i], own, load(to)));
-          }
-        });
-      }
+  const int64_t groups = w.inputs / w.group, bytes = w.group * TILE4 / 2;
+  over_tiles<TILE4>(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
+    segments.sum(stack, STACK, count * TILE4, [&](int64_t first, int64_t last, float* y) {
+      for (int64_t g = first / w.group; g < last / w.group; ++g)
+        for (int64_t h = 0; h < HALVES; ++h) {
+          const int64_t at = tile * groups + g;
+          const F own = w.scale_at(at * HALVES + h), middle = to_float(w.zero_at(at * HALVES + h));
+          by_rows(count, [&]<int R>(int64_t r) {
+            F sum[R];
+            const uint8_t* codes = w.codes + at * bytes + h * 64;
+            products16<R>(codes, middle, x + (m + r) * stride + g * w.group, stride, w.group / 8, sum);
+            for (int i = 0; i < R; ++i) {
+              float* to = y + (r + i) * TILE4 + h * LANES;
+              store(to, fma(sum[i], own, load(to)));
+            }
+          });
+        }
     });
   });
 }
@@ -218,7 +264,7 @@ void int4_by_16bit(const float* x, int64_t stride, const Packed& w, const Segmen
 void int8_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
   const int64_t step = w.inputs % 64 == 0 ? 64 : 32;
   const bool amx = out.size(0) >= AMX_ROWS && w.inputs % 32 == 0 && amx_allowed();
-  over_tiles(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* y) {
+  over_tiles<LANES>(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* y) {
     const F own = w.scale_at(tile);
     const uint8_t* codes = w.codes + tile * w.inputs * LANES;
     const int8_t* x = q.code.data() + m * q.stride;
@@ -240,7 +286,7 @@ void int8_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
     }
     by_rows(count - done, [&]<int R>(int64_t r) {
       I sum[R] = {};
-      products<R, false>(codes, x + (done + r) * q.stride, q.stride, w.inputs / 4, sum);
+      products8<R>(codes, x + (done + r) * q.stride, q.stride, w.inputs / 4, sum);
       for (int i = 0; i < R; ++i) finish(done + r + i, sum[i]);
     });
   });
@@ -256,13 +302,13 @@ Codes quantize(const at::Tensor& x, int64_t group) {
 
 }  // namespace
 
-// x [M, K], weight [tiles, K / 8, 16, 4], scale [tiles, K / group, 16] bfloat16 or float32, zero alike or absent.
+// x [M, K], weight [tiles, K / 8, 32, 4], scale [tiles, K / group, 32] bfloat16 or float32, zero alike or absent.
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                        const std::optional<at::Tensor>& zero, int64_t outputs, int64_t group, bool eight,
                        at::IntArrayRef borders, at::ScalarType dtype) {
-  const int64_t rows = x.size(0), inputs = x.size(1), tiles = (outputs + LANES - 1) / LANES;
-  TORCH_CHECK(x.is_contiguous() && weight.nbytes() == size_t(tiles * inputs * LANES / 2), "the packing doesn't fit");
-  TORCH_CHECK(scale.numel() * group == tiles * inputs * LANES && group % 8 == 0, "the scales don't fit");
+  const int64_t rows = x.size(0), inputs = x.size(1), tiles = (outputs + TILE4 - 1) / TILE4;
+  TORCH_CHECK(x.is_contiguous() && weight.nbytes() == size_t(tiles * inputs * TILE4 / 2), "the packing doesn't fit");
+  TORCH_CHECK(scale.numel() * group == tiles * inputs * TILE4 && group % 8 == 0, "the scales don't fit");
   const Segments segments(borders, inputs, group);
   at::Tensor out = at::empty({rows, outputs}, x.options().dtype(dtype));
   const Packed w{static_cast<const uint8_t*>(weight.const_data_ptr()), scale.const_data_ptr(),

@@ -152,22 +152,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, bool> quantize_int4(const at::Ten
   return {codes, scale, zero, finite.load()};
 }
 
-// codes uint8 [N, K] below 16 -> [tiles, K / 8, 16, 4]: of eight inputs, the first four are low halves, the others high.
+// codes uint8 [N, K] below 16 -> [tiles, K / 8, 32, 4]: of eight inputs, the first four are low halves, the others high.
 at::Tensor tile_int4(const at::Tensor& codes) {
-  const int64_t outputs = codes.size(0), inputs = codes.size(1), tiles = (outputs + LANES - 1) / LANES, steps = inputs / 8;
+  const int64_t outputs = codes.size(0), inputs = codes.size(1), tiles = (outputs + TILE4 - 1) / TILE4, steps = inputs / 8;
   TORCH_CHECK(codes.is_contiguous() && codes.scalar_type() == at::kByte && inputs % 8 == 0, "codes don't fit");
-  at::Tensor out = at::empty({tiles, steps, LANES, 4}, codes.options());
+  at::Tensor out = at::empty({tiles, steps, TILE4, 4}, codes.options());
   const uint8_t* from = codes.const_data_ptr<uint8_t>();
   uint8_t* to = out.data_ptr<uint8_t>();
-  parallel_for(tiles, std::max<int64_t>(1, GRAIN / std::max<int64_t>(LANES * inputs, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(tiles, std::max<int64_t>(1, GRAIN / std::max<int64_t>(TILE4 * inputs, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      uint8_t* tile = to + t * steps * 64;
-      for (int64_t r = 0; r < LANES; ++r) {
-        const int64_t row = t * LANES + r;
+      uint8_t* tile = to + t * steps * TILE4 * 4;
+      for (int64_t r = 0; r < TILE4; ++r) {
+        const int64_t row = t * TILE4 + r;
         for (int64_t s = 0; s < steps; ++s) {
           const uint64_t eight = row < outputs ? read<uint64_t>(from + row * inputs + s * 8) : 0;
           const uint32_t four = uint32_t(eight) | uint32_t(eight >> 32) << 4;
-          std::memcpy(tile + s * 64 + r * 4, &four, 4);
+          std::memcpy(tile + (s * TILE4 + r) * 4, &four, 4);
         }
       }
     }

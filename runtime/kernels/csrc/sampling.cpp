@@ -65,23 +65,26 @@ struct Best {
   int64_t token;
 };
 
+// The first of the largest; where a value is NaN, that is.
 template <class T>
 Best largest(const T* row, int64_t count) {
   F top = splat(-std::numeric_limits<float>::infinity());
-  I bad = I{};
+  I bad = I{}, at = I{};  // where, but for the lane, a lane's largest is first
   for (int64_t v = 0; v < count; v += LANES) {
     F x = load(row + v, int(std::min<int64_t>(LANES, count - v)));
     if (count - v < LANES)
       for (int i = int(count - v); i < LANES; ++i) x[i] = -std::numeric_limits<float>::infinity();
     bad |= I(x != x);
-    top = max(top, x);
+    const I more = I(x > top);
+    top = more ? x : top;
+    at = more ? splat(int32_t(v)) : at;
   }
-  for (int i = 0; i < LANES; ++i)
+  Best best{-std::numeric_limits<float>::infinity(), 0};
+  for (int i = 0; i < LANES; ++i) {
     if (bad[i]) return {std::numeric_limits<float>::quiet_NaN(), 0};
-  const float best = max(top);
-  for (int64_t v = 0; v < count; ++v)
-    if (float(row[v]) == best) return {best, v};
-  return {best, 0};
+    if (top[i] > best.score || (top[i] == best.score && at[i] + i < best.token)) best = {top[i], at[i] + i};
+  }
+  return best;
 }
 
 template <class T>

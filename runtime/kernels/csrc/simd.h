@@ -26,6 +26,7 @@ typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint8_t B __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
+constexpr int TILE4 = 2 * LANES;  // outputs of a tile of four-bit weights
 
 #define QUASAR_INLINE inline __attribute__((always_inline))
 
