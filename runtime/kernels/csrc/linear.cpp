@@ -171,7 +171,7 @@ QUASAR_INLINE void finish(const I* sum, F scale, const float* x_scale, F* total)
   for (int r = 0; r < R; ++r) total[r] = total[r] + to_float(sum[r]) * (splat(x_scale[r]) * scale);  // sums below 2^24
 }
 
-// R rows of activations from x on, in registers from group to group. A function of its own, as compilers run out of registers
+// R rows of activations from `row` on, in registers from group to group. A function of its own, as compilers run out of registers
 // in large ones.
 template <int R>
 [[gnu::noinline]] void by_registers(const Codes& q, int64_t row, const Packed& w, int64_t tile, int64_t first, int64_t last,
