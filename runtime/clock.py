@@ -22,8 +22,7 @@ class Clock:
             yield
         finally:
             elapsed = time.perf_counter() - start
-            own = elapsed - self._inner.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + own
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner.pop()
             self._inner[-1] += elapsed
 
     def book(self, name: str, seconds: float) -> None:

@@ -13,9 +13,10 @@ class PeerLost(RuntimeError):
     """A rank of the group did not come, left, or sent something else than the others; the communicator is over."""
 
 
-# Calls run(exchange, timeout): C++ that exchanges by itself as often as it likes, through `csrc/shm.h`'s object, or None
-# where there is nobody to exchange with. Of `run`: what the last exchange came to, and the seconds all of them took.
-Through = Callable[[Callable[[Any, float], tuple[int, float]]], None]
+# C++ that exchanges by itself as often as it likes, through `csrc/shm.h`'s object, or None where there is nobody to exchange
+# with, and a timeout -> what the last exchange came to, and the seconds all of them took.
+Exchanging = Callable[[Any, float], tuple[int, float]]
+Through = Callable[[Exchanging], None]
 
 
 class Communicator(Protocol):
@@ -53,7 +54,7 @@ class Solo:
     rank = 0
     size = 1
 
-    def through(self, run: Callable[[Any, float], tuple[int, float]]) -> None:
+    def through(self, run: Exchanging) -> None:
         run(None, 0.0)
 
     def all_reduce(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -4,14 +4,12 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.comm import PeerLost, summable
+from runtime.comm import Exchanging, PeerLost, summable
 from runtime.kernels.build import load_extension
 
 LINE = 16  # int64 words a rank's line of flags has; `csrc/shm.cpp` says what is in them
@@ -88,7 +86,7 @@ class SharedMemory:
             self._native.leave()
             self._lost = PeerLost(f"rank {self.rank} has closed its communicator")
 
-    def through(self, run: Callable[[Any, float], tuple[int, float]]) -> None:
+    def through(self, run: Exchanging) -> None:
         self._check()
         state, _ = run(self._native, self.timeout)
         if state:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.clock import Clock
-from runtime.comm import Communicator
+from runtime.comm import Communicator, Exchanging
 
 
 class Metered:
@@ -28,7 +27,7 @@ class Metered:
         with self._clock.part("exchange"):
             return self._inner.all_gather(x)
 
-    def _through(self, run: Callable[[Any, float], tuple[int, float]]) -> None:
+    def _through(self, run: Exchanging) -> None:
         def booked(exchange: Any, timeout: float) -> tuple[int, float]:
             state, seconds = run(exchange, timeout)
             self._clock.book("exchange", seconds)

@@ -198,22 +198,22 @@ template <int R>
     for (int r = 0; r < R; ++r) store(y + r * TILE4 + h * LANES, total[h][r]);
 }
 
-// Rows that AMX multiplies, sixteen at a time, a group after the other and of it half a tile after the other: added to y.
-void by_amx(const Codes& q, int64_t row, int64_t wide, const Packed& w, int64_t tile, int64_t first, int64_t last, float* y) {
-  const int64_t groups = w.inputs / w.group, bytes = w.group * TILE4 / 2, step = w.group % 64 == 0 ? 64 : 32, rows = q.rows;
-  AmxTiles tiles(step);
-  std::vector<uint8_t> unpacked(w.group * LANES);
+// Rows that AMX multiplies, sixteen at a time, `step` inputs at a time, a group after the other and of it half a tile after the
+// other: added to y. unpacked: room for half a tile's group.
+void by_amx(const Codes& q, int64_t row, int64_t wide, const Packed& w, int64_t tile, int64_t first, int64_t last,
+            int64_t step, uint8_t* unpacked, float* y) {
+  const int64_t groups = w.inputs / w.group, bytes = w.group * TILE4 / 2, rows = q.rows;
   for (int64_t g = first / w.group; g < last / w.group; ++g)
     for (int64_t h = 0; h < HALVES; ++h) {
       alignas(64) int32_t sums[ROWS * LANES];
       const int64_t at = tile * groups + g;
       const int8_t* x = q.code.data() + row * q.stride + g * w.group;
-      amx_unpack(w.codes + at * bytes + h * 64, HALVES * 64, w.group / 8, unpacked.data());
+      amx_unpack(w.codes + at * bytes + h * 64, HALVES * 64, w.group / 8, unpacked);
       if (wide == ROWS)
-        amx_products<4>(unpacked.data(), x, q.stride, w.group, step, sums);
+        amx_products<4>(unpacked, x, q.stride, w.group, step, sums);
       else
         for (int64_t r = 0; r < wide; r += AMX_ROWS)
-          amx_products<1>(unpacked.data(), x + r * q.stride, q.stride, w.group, step, sums + r * LANES);
+          amx_products<1>(unpacked, x + r * q.stride, q.stride, w.group, step, sums + r * LANES);
       const I zero = w.zero_at(at * HALVES + h);
       const F scale = w.scale_at(at * HALVES + h);
       for (int64_t r = 0; r < wide; ++r) {
@@ -226,11 +226,15 @@ void by_amx(const Codes& q, int64_t row, int64_t wide, const Packed& w, int64_t 
 }
 
 void int4_by_int8(const Codes& q, const Packed& w, const Segments& segments, at::Tensor& out) {
+  const int64_t step = w.group % 64 == 0 ? 64 : 32;
   const bool amx = q.rows >= AMX_ROWS && w.group % 32 == 0 && amx_allowed();
   over_tiles<TILE4>(out, w.inputs, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
     const int64_t wide = amx ? count / AMX_ROWS * AMX_ROWS : 0;
+    std::optional<AmxTiles> shape;  // for all segments of the inputs
+    std::vector<uint8_t> unpacked;
+    if (wide) shape.emplace(step), unpacked.resize(w.group * LANES);
     segments.sum(stack, STACK, count * TILE4, [&](int64_t first, int64_t last, float* y) {
-      if (wide) by_amx(q, m, wide, w, tile, first, last, y);
+      if (wide) by_amx(q, m, wide, w, tile, first, last, step, unpacked.data(), y);
       by_rows(count - wide, [&]<int R>(int64_t r) {
         by_registers<R>(q, m + wide + r, w, tile, first, last, y + (wide + r) * TILE4);
       });

@@ -37,7 +37,7 @@ class Patience {
 };
 
 // Calls loop(begin, end) for parts of 0..count, which together are all of it, of at most `grain` each where there are several,
-// on torch's threads. Raises what the loop raises.
+// on torch's threads. A loop holds no other. Raises what the loop raises.
 void parallel_for(int64_t count, int64_t grain, c10::function_ref<void(int64_t, int64_t)> loop);
 
 // Runs `pass`, all of whose loops are shared with the same threads. Raises what it raises.
