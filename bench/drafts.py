@@ -1,76 +1,128 @@
 """`python -m bench.drafts`: numbers of drafts that are chosen, beside every fixed one and none.
 
-Whole jobs on one rank, all settings of a cell one after the other and that `--repeats` times, medians: batches, drafters,
-ordinary prompts (the demo's) and repetitive ones (a piece of each, three times over). `--model` takes another checkpoint
-with the demo's tokenizer, such as one that `bench.enlarge` made.
+Whole jobs on one rank, in one process that loads the models once: batches, drafters, ordinary prompts (the demo's) and
+repetitive ones (a piece of each, three times over). All settings of a cell run one after the other, and all cells `--repeats`
+times; what is chosen is compared within a turn, with the setting that was the best in the middle of all turns. Trying out what
+rounds take, two seconds of a job's start, isn't timed, as loading isn't. `--model` takes another checkpoint with the demo's
+tokenizer, such as one that `bench.enlarge` made.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
-import tempfile
-from collections.abc import Iterator
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.jobs import run_job
-from bench.prompts import demo_texts, write_requests
+import torch
+
+from bench.inprocess import run
+from bench.machine import describe
+from bench.prompts import demo_texts
 from bench.tables import table
+from configs.schema import RunConfig
+from launcher.encoder import load_tokenizer
+from runtime.comm import Solo
+from runtime.request import Request, SamplingParams
+from workers.models import Models, load_models
 
-CONFIG = "configs/demo/demo.yaml"
+DEMO = Path("configs/demo")
 PIECE = 240  # characters that a repetitive prompt repeats
+KINDS = ("ordinary", "repetitive")
+METHODS = ("ngram", "suffix", "model", "auto")
+NONE, AUTO = "none", "auto"
 
 
-def cell(model: Path | None, batch: int, method: str, prompts: Path, drafts: list[str], repeats: int) -> dict[str, float]:
-    """Median tokens/s of no drafter ("none"), of every fixed number, and of "auto"."""
-    found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = None
-        for _ in range(repeats):
-            for name in ("none", *drafts, "auto"):
-                settings: dict[str, Any] = {"parallel.tensor": 1, "engine.max_num_seqs": batch}
-                settings |= {"speculation.method": "none"} if name == "none" else {
-                    "speculation.method": method, "speculation.num_speculative_tokens": name,
-                }  # fmt: skip
-                settings |= {} if model is None else {"model.target": model}
-                job = run_job(Path(scratch), 1, settings, "--config", CONFIG, "--input", str(prompts))
-                rows = rows or job.rows
-                assert job.rows == rows, "numbers of drafts changed the output"
-                found.setdefault(name, []).append(job.summary["tokens_per_second"])
-    return {name: statistics.median(values) for name, values in found.items()}
+@dataclass(frozen=True)
+class Cell:
+    kind: str  # of prompts
+    method: str
+    batch: int
 
 
-def rows(given: argparse.Namespace) -> Iterator[list[str]]:
-    with tempfile.TemporaryDirectory() as scratch:
-        for kind in given.prompts:
-            prompts = Path(scratch) / f"{kind}.jsonl"
-            texts = demo_texts()[: given.count]
-            if kind == "repetitive":
-                texts = [3 * (text[:PIECE].rstrip("\n") + "\n") for text in texts]
-            write_requests(prompts, [(kind, text) for text in texts], given.new_tokens, 0.0)
-            for method in given.methods:
-                for batch in given.batches:
-                    speeds = cell(given.model, batch, method, prompts, given.drafts, given.repeats)
-                    best = max(speed for name, speed in speeds.items() if name != "auto")
-                    shown = [f"{speeds[name] / speeds['none']:.2f}" for name in (*given.drafts, "auto")]
-                    yield [kind, method, str(batch), *shown, f"{speeds['auto'] / best:.2f}"]
+def configuration(given: argparse.Namespace, batch: int, method: str, drafts: str) -> RunConfig:
+    return RunConfig.model_validate({
+        "model": {"target": str(given.model), "lm_head": given.head},
+        "speculation": {"method": method, "model": str(given.draft_model), "num_speculative_tokens": drafts},
+        "engine": {"device": "cpu", "max_num_seqs": batch, "max_model_len": 512, "threads": given.threads},
+    })  # fmt: skip
+
+
+def requests(given: argparse.Namespace, kind: str, batch: int) -> list[Request]:
+    """At least two for every place in a batch."""
+    texts = list(itertools.islice(itertools.cycle(demo_texts()), max(given.count, 2 * batch)))
+    tokenizer = load_tokenizer(given.model)
+    params = SamplingParams(temperature=0.0, max_tokens=given.new_tokens, ignore_eos=True)
+    if kind == "repetitive":
+        texts = [3 * (text[:PIECE].rstrip("\n") + "\n") for text in texts]
+    return [Request(index, tuple(tokenizer(text).input_ids), params) for index, text in enumerate(texts)]
+
+
+class Measurement:
+    """Tokens/s of every job, by cell and setting, a value a turn."""
+
+    def __init__(self, given: argparse.Namespace, models: Models) -> None:
+        self._given = given
+        self._models = models
+        self._outputs: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
+        self.speeds: dict[Cell, dict[str, list[float]]] = {}
+
+    def turn(self) -> None:
+        """Every job once. No drafter is the same for all methods, and runs once for them."""
+        for kind, batch in itertools.product(self._given.prompts, self._given.batches):
+            plain = self._job(kind, batch, NONE, "0")
+            for method in self._given.methods:
+                cell = self.speeds.setdefault(Cell(kind, method, batch), {})
+                cell.setdefault(NONE, []).append(plain)
+                for drafts in (*self._given.drafts, AUTO):
+                    cell.setdefault(drafts, []).append(self._job(kind, batch, method, drafts))
+                print(kind, method, batch, {name: round(x[-1], 1) for name, x in cell.items()}, file=sys.stderr, flush=True)
+
+    def _job(self, kind: str, batch: int, method: str, drafts: str) -> float:
+        numbers = run(configuration(self._given, batch, method, drafts), requests(self._given, kind, batch), self._models)
+        wanted = self._outputs.setdefault((kind, batch), numbers.outputs)
+        assert numbers.outputs == wanted, "numbers of drafts changed the output"
+        return numbers.tokens_per_second
+
+    def row(self, cell: Cell) -> list[str]:
+        speeds = self.speeds[cell]
+        middle = {name: statistics.median(each) for name, each in speeds.items()}
+        best = max((name for name in speeds if name != AUTO), key=lambda name: middle[name])
+        turns = [mine / theirs for mine, theirs in zip(speeds[AUTO], speeds[best], strict=True)]
+        shown = [f"{middle[name] / middle[NONE]:.2f}" for name in (*self._given.drafts, AUTO)]
+        ends = f" ({min(turns):.2f}-{max(turns):.2f})" if len(turns) > 1 else ""
+        return [cell.kind, cell.method, str(cell.batch), f"{middle[NONE]:.0f}", *shown, f"{statistics.median(turns):.2f}{ends}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, default=DEMO / "target-int4")
+    parser.add_argument("--head", choices=["16bit", "int8"], default="16bit", help="how the output head is held")
+    parser.add_argument("--draft-model", type=Path, default=DEMO / "draft")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--methods", nargs="+", default=["ngram", "suffix", "model", "auto"])
-    parser.add_argument("--prompts", nargs="+", choices=["ordinary", "repetitive"], default=["ordinary", "repetitive"])
-    parser.add_argument("--drafts", nargs="+", default=["1", "3", "5", "8", "16"])
-    parser.add_argument("--count", type=int, default=16, help="requests")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--prompts", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--drafts", nargs="+", default=["1", "3", "5", "8"])
+    parser.add_argument("--count", type=int, default=8, help="requests at least; or two for every place in a batch")
     parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    print("Tokens/s, to no drafter; last: the chosen numbers, to the best of all others.\n")
-    header = ["prompts", "drafter", "batch", *given.drafts, "auto", "auto to the best"]
-    print(table(header, rows(given)))
+    measurement = Measurement(given, load(given))
+    for _ in range(given.repeats):
+        measurement.turn()
+    print(f"{describe()}, {given.threads} threads\n")
+    print("Tokens/s, to no drafter; last: the chosen numbers, to the best of all others, and the turns' ends.\n")
+    head = ["prompts", "drafter", "batch", "tokens/s without", *given.drafts, AUTO, "auto to the best"]
+    print(table(head, (measurement.row(cell) for cell in measurement.speeds)))
+
+
+def load(given: argparse.Namespace) -> Models:
+    solo: Any = Solo()
+    return load_models(configuration(given, 1, "model", AUTO), solo, solo, torch.device("cpu"), aloud=False)
 
 
 if __name__ == "__main__":

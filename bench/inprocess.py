@@ -92,10 +92,10 @@ class Numbers:
     outputs: dict[int, tuple[int, ...]]
 
 
-def run(config: RunConfig, requests: Iterable[Request], model: Model) -> Numbers:
-    """Runs all requests on a model that is loaded."""
+def run(config: RunConfig, requests: Iterable[Request], models: Models) -> Numbers:
+    """Runs all requests on models that are loaded."""
     place = Place(0, 0, [(0,)], 0, 1, True, "inprocess")
-    engine, hello = build(config, place, lambda *_, **__: Models(model, None, None))
+    engine, hello = build(config, place, lambda *_, **__: models)
     mailbox = Mailbox()
     rank = Rank(0, True, "group", engine, cast("Client", mailbox))
     machine = Coordinator(groups=[(0,)], limits=Limits.of(config), decode=lambda tokens: "")
@@ -126,7 +126,7 @@ def two_cells(name: str, model: Model, settings: dict[str, Any], requests: list[
             "speculation": {"method": method, "num_speculative_tokens": 5},
             "engine": {"device": model.device.type, "max_num_seqs": batch, "threads": torch.get_num_threads()},
         })  # fmt: skip
-        numbers = run(config, requests, model)
+        numbers = run(config, requests, Models(model, None, None))
         plain = plain or numbers.outputs
         same = sum(numbers.outputs[index] == tokens for index, tokens in plain.items())
         rate, accepted = f"{numbers.tokens_per_second:.0f}", f"{numbers.mean_acceptance_length:.2f}"

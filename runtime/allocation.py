@@ -27,7 +27,7 @@ class Allocation:
 
 def allocate(
     stands: Array, shares: Array, chained: NDArray[np.bool_], base: float, rows: float, seconds: Seconds,
-    drafting: DraftSeconds, owners: Indices,
+    drafting: DraftSeconds, owners: Indices, floor: float = 0.0,
 ) -> Allocation:  # fmt: skip
     """The numbers of drafts with the most expected tokens per second.
 
@@ -35,6 +35,7 @@ def allocate(
     often the offer is made. chained: [N], whether it is drafted step by step by a model. base: tokens that a round decides
     without any draft; rows: that it computes. seconds(rows) is what a round takes, drafting(steps, rows) what the model takes
     for that many tokens in that many steps. owners: [N], the sequence to which the offer is made, one at most in a round.
+    floor: drafts with no more chance than this are left out, as no row is cheap enough for them.
 
     A draft adds as many tokens as it has a chance to stand, and one row, wherever it is. So for any number of rows the
     likeliest drafts are the best ones, and the best number is found by looking at each: whatever the form of `seconds`,
@@ -48,10 +49,10 @@ def allocate(
     gains, weights = stands.ravel(), np.repeat(shares, len(places))
     of_model, depth_of, owner_of = np.repeat(chained, len(places)), np.tile(places, len(shares)), np.repeat(owners, len(places))
     order = np.argsort(-gains, kind="stable")  # so that of equals the earlier position comes first
-    order = order[(weights[order] > 0) & (gains[order] > 0)]
+    order = order[(weights[order] > 0) & (gains[order] > floor)]
     plain = float(seconds(np.array([rows]))[0])
     best, picked = Allocation(np.zeros(len(stands), np.int64), base, plain), order[:0]
-    for depth in depths(len(places)) if chained.any() else [0]:
+    for depth in depths(int((depth_of * of_model)[order].max(initial=0))):
         usable = order[~of_model[order] | (depth_of[order] <= depth)]
         if not len(usable):
             continue

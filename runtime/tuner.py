@@ -66,7 +66,8 @@ class Tuner:
 
         if self.fixed is None:
             owners = np.arange(number).repeat(many)
-            best = (allocate_evenly if self.even else partial(allocate, owners=owners))(
+            # A row costs at least ROW of a round without drafts, shared among its tokens: so much a draft must bring.
+            best = (allocate_evenly if self.even else partial(allocate, owners=owners, floor=ROW))(
                 stands.reshape(number * many, -1), shares.ravel(), np.tile(self._chained, number), number, number, seconds,
                 self.costs.drafting,
             )  # fmt: skip

@@ -66,6 +66,8 @@ def test_drafts_that_are_seldom_made_are_counted_so_often(seed: int) -> None:
         found = allocate(*given, np.arange(len(stands)))
         best = max(tokens_per_second(counts, *given) for counts in product(range(4), repeat=3))
         assert tokens_per_second(found.counts, *given) == pytest.approx(best)
+        share = price / ((1 + 2 * price) / 2)  # what a row costs, to a token without drafts: less is never worth it
+        assert (allocate(*given, np.arange(len(stands)), floor=share).counts == found.counts).all()
 
 
 def test_moments_are_those_of_all_rounds_there_can_be(seed: int) -> None:

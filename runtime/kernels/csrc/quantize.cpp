@@ -1,4 +1,4 @@
-// Weights into four bits, to nearest, and into the order that the products of `linear.cpp` read them in.
+// Weights into four bits, to nearest, and into the order that the products of `packed.h` read them in.
 //
 // The bits are those of `runtime/quantize/int4.py`: the same operations on the same float32 values, one rounding at a time,
 // and sums folded by halves.
