@@ -49,7 +49,9 @@ def install_transformers(environment: Path) -> None:
 
 
 def install_openvino(environment: Path) -> None:
+    """Without a companion of torch that text does not need, and that need not fit this torch."""
     pip(environment, TORCH, "openvino-genai", "optimum-intel[openvino]")
+    call(python(environment), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision")
 
 
 def install_vllm(environment: Path) -> None:
@@ -66,7 +68,7 @@ def install_vllm(environment: Path) -> None:
 
 
 def install_llamacpp(environment: Path) -> None:
-    """Built for this processor, from the source that llama-cpp-python carries."""
+    """Built for this processor, from the source that llama-cpp-python carries. CFLAGS and CXXFLAGS are heeded."""
     fetch = ("download", "--quiet", "--no-deps", "--no-binary", ":all:", "llama-cpp-python", "--dest", environment)
     call(python(environment), "-m", "pip", *fetch)
     (archive,) = environment.glob("llama_cpp_python*.tar.gz")
