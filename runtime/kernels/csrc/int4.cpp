@@ -2,7 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <memory>
 #include <optional>
 
 #include "dot.h"
@@ -96,79 +95,65 @@ template <int R>
     for (int r = 0; r < R; ++r) store(y + r * TILE4 + h * LANES, total[h][r]);
 }
 
-// A thread's products by AMX: its registers' shape, and room for one group of a tile, unpacked.
-class ByAmx {
- public:
-  explicit ByAmx(const Packed& w)
-      : w_(w), step_(w.group % 64 ? 32 : 64), shape_(step_), unpacked_(w.group * TILE4 / sizeof(I)) {}
+// One group of a tile as bytes of code - zero: [HALVES][group / 4][16][4].
+QUASAR_INLINE void unpack(const Packed& w, int64_t line, I* to) {
+  typedef int8_t S __attribute__((vector_size(64)));
+  const uint8_t* weight = w.codes + line * w.group * LANES / 2;
+  for (int h = 0; h < HALVES; ++h) {
+    const S zero = bits<S>(w.zero_at(line + h) * 0x01010101);
+    for (int64_t s = 0; s < w.group / 8; ++s, to += 2) {
+      const uint8_t* from = weight + (s * HALVES + h) * 64;
+      const I codes = read<I>(from);
+      ask(from);
+      to[0] = bits<I>(bits<S>(codes & 0x0f0f0f0f) - zero);
+      to[1] = bits<I>(bits<S>((codes >> 4) & 0x0f0f0f0f) - zero);
+    }
+  }
+}
 
-  // Rows of activations from `row` on, a group after the other: added to y.
-  void operator()(const Codes& q, int64_t row, int64_t count, int64_t tile, int64_t first, int64_t last, float* y) {
-    const int64_t groups = w_.inputs / w_.group;
-    for (int64_t g = first / w_.group; g < last / w_.group; ++g) {
-      const int64_t line = (tile * groups + g) * HALVES;
-      unpack(w_.codes + line * w_.group * LANES / 2, line);
-      const F scale[HALVES] = {w_.scale_at(line), w_.scale_at(line + 1)};
-      for (int64_t r = 0; r < count; r += AMX_ROWS) {
-        alignas(64) int32_t sums[HALVES * AMX_ROWS * LANES];
-        amx_products(unpacked_.data(), q.at(row + r) + g * w_.group, q.stride, w_.group, step_, sums);
-        const float* x_scale = q.scale.data() + g * q.rows + row + r;
-        for (int64_t i = 0; i < std::min<int64_t>(AMX_ROWS, count - r); ++i)
+// Rows of activations that AMX multiplies, from `row` on, a group after the other: added to y.
+void by_amx(const Codes& q, int64_t row, int64_t count, const Packed& w, int64_t tile, int64_t first, int64_t last, int64_t step,
+            float* y) {
+  static thread_local std::vector<I> unpacked;
+  unpacked.resize(w.group * TILE4 / sizeof(I));
+  for (int64_t g = first / w.group; g < last / w.group; ++g) {
+    const int64_t line = (tile * (w.inputs / w.group) + g) * HALVES;
+    unpack(w, line, unpacked.data());
+    const F scale[HALVES] = {w.scale_at(line), w.scale_at(line + 1)};
+    for (int64_t r = 0; r < count; r += AMX_ROWS) {
+      alignas(64) int32_t sums[HALVES * AMX_ROWS * LANES];
+      amx_products(unpacked.data(), q.at(row + r) + g * w.group, q.stride, w.group, step, sums);
+      const float* x_scale = q.scale.data() + g * q.rows + row + r;
+      for (int64_t i = 0; i < std::min<int64_t>(AMX_ROWS, count - r); ++i)
 #pragma GCC unroll 2
-          for (int h = 0; h < HALVES; ++h) {
-            float* to = y + (r + i) * TILE4 + h * LANES;
-            const I sum = read<I>(sums + (h * AMX_ROWS + i) * LANES);
-            F total = load(to);
-            finish<1>(&sum, scale[h], x_scale + i, &total);
-            store(to, total);
-          }
-      }
+        for (int h = 0; h < HALVES; ++h) {
+          float* to = y + (r + i) * TILE4 + h * LANES;
+          const I sum = read<I>(sums + (h * AMX_ROWS + i) * LANES);
+          F total = load(to);
+          finish<1>(&sum, scale[h], x_scale + i, &total);
+          store(to, total);
+        }
     }
   }
-
- private:
-  // [HALVES][group / 4][16][4] of code - zero.
-  void unpack(const uint8_t* weight, int64_t line) {
-    typedef int8_t S __attribute__((vector_size(64)));
-    I* to = unpacked_.data();
-    for (int h = 0; h < HALVES; ++h) {
-      const S zero = bits<S>(w_.zero_at(line + h) * 0x01010101);
-      for (int64_t s = 0; s < w_.group / 8; ++s, to += 2) {
-        const uint8_t* from = weight + (s * HALVES + h) * 64;
-        const I codes = read<I>(from);
-        ask(from);
-        to[0] = bits<I>(bits<S>(codes & 0x0f0f0f0f) - zero);
-        to[1] = bits<I>(bits<S>((codes >> 4) & 0x0f0f0f0f) - zero);
-      }
-    }
-  }
-
-  const Packed& w_;
-  const int64_t step_;
-  const AmxTiles shape_;
-  std::vector<I> unpacked_;
-};
+}
 
 void int4_by_int8(const Codes& q, const Packed& w, const Segments& segments, at::Tensor& out) {
-  const bool amx = q.rows >= AMX_FROM && w.group % 32 == 0 && amx_allowed();
-  over_tiles<TILE4>(out, w.inputs, amx, [&] {
-    auto by_amx = amx ? std::make_unique<ByAmx>(w) : nullptr;
-    return [&, by_amx = std::move(by_amx)](int64_t m, int64_t count, int64_t tile, float* stack) {
-      const int64_t wide = amx ? amx_rows(count) : 0;
-      segments.sum(stack, STACK, count * TILE4, [&](int64_t first, int64_t last, float* y) {
-        if (wide) (*by_amx)(q, m, wide, tile, first, last, y);
-        by_rows(count - wide, [&]<int R>(int64_t r) {
-          by_registers<R>(q, m + wide + r, w, tile, first, last, y + (wide + r) * TILE4);
-        });
+  const int64_t step = amx_step(q.rows, w.group);
+  over_tiles<TILE4>(out, w.inputs, step, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
+    const int64_t wide = step ? amx_rows(count) : 0;
+    segments.sum(stack, STACK, count * TILE4, [&](int64_t first, int64_t last, float* y) {
+      if (wide) by_amx(q, m, wide, w, tile, first, last, step, y);
+      by_rows(count - wide, [&]<int R>(int64_t r) {
+        by_registers<R>(q, m + wide + r, w, tile, first, last, y + (wide + r) * TILE4);
       });
-    };
+    });
   });
 }
 
 // x: rows of floats, stride apart.
 void int4_by_16bit(const float* x, int64_t stride, const Packed& w, const Segments& segments, at::Tensor& out) {
   const int64_t groups = w.inputs / w.group, bytes = w.group * TILE4 / 2;
-  auto outputs = [&](int64_t m, int64_t count, int64_t tile, float* stack) {
+  over_tiles<TILE4>(out, w.inputs, 0, [&](int64_t m, int64_t count, int64_t tile, float* stack) {
     segments.sum(stack, STACK, count * TILE4, [&](int64_t first, int64_t last, float* y) {
       for (int64_t g = first / w.group; g < last / w.group; ++g)
         for (int64_t h = 0; h < HALVES; ++h) {
@@ -185,8 +170,7 @@ void int4_by_16bit(const float* x, int64_t stride, const Packed& w, const Segmen
           });
         }
     });
-  };
-  over_tiles<TILE4>(out, w.inputs, false, [&] { return outputs; });
+  });
 }
 
 }  // namespace

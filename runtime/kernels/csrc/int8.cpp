@@ -2,8 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <memory>
-
 #include "dot.h"
 #include "packed.h"
 
@@ -22,30 +20,26 @@ QUASAR_INLINE void products8(const uint8_t* weight, const int8_t* x, int64_t str
 }
 
 void int8_by_int8(const Codes& q, const Packed& w, at::Tensor& out) {
-  const int64_t step = w.inputs % 64 == 0 ? 64 : 32;
-  const bool amx = q.rows >= AMX_FROM && w.inputs % 32 == 0 && amx_allowed();
-  over_tiles<LANES>(out, w.inputs, amx, [&] {
-    auto shape = amx ? std::make_unique<AmxTiles>(step) : nullptr;
-    return [&, shape = std::move(shape)](int64_t m, int64_t count, int64_t tile, float* y) {
-      const F own = w.scale_at(tile);
-      const uint8_t* codes = w.codes + tile * w.inputs * LANES;
-      const int8_t* x = q.at(m);
-      auto finish = [&](int64_t r, I sum) {
-        const I exact = sum - splat(q.sum[m + r] * 128);
-        store(y + r * LANES, to_float(exact) * (splat(q.scale[m + r]) * own));
-      };
-      const int64_t wide = amx ? amx_rows(count) : 0;
-      for (int64_t r = 0; r < wide; r += AMX_ROWS) {
-        alignas(64) int32_t sums[AMX_ROWS * LANES];
-        amx_products8(codes, x + r * q.stride, q.stride, w.inputs, step, r == 0, sums);
-        for (int64_t i = 0; i < std::min<int64_t>(AMX_ROWS, wide - r); ++i) finish(r + i, read<I>(sums + i * LANES));
-      }
-      by_rows(count - wide, [&]<int R>(int64_t r) {
-        I sum[R] = {};
-        products8<R>(codes, x + (wide + r) * q.stride, q.stride, w.inputs / 4, sum);
-        for (int i = 0; i < R; ++i) finish(wide + r + i, sum[i]);
-      });
+  const int64_t step = amx_step(q.rows, w.inputs);
+  over_tiles<LANES>(out, w.inputs, step, [&](int64_t m, int64_t count, int64_t tile, float* y) {
+    const F own = w.scale_at(tile);
+    const uint8_t* codes = w.codes + tile * w.inputs * LANES;
+    const int8_t* x = q.at(m);
+    auto finish = [&](int64_t r, I sum) {
+      const I exact = sum - splat(q.sum[m + r] * 128);
+      store(y + r * LANES, to_float(exact) * (splat(q.scale[m + r]) * own));
     };
+    const int64_t wide = step ? amx_rows(count) : 0;
+    for (int64_t r = 0; r < wide; r += AMX_ROWS) {
+      alignas(64) int32_t sums[AMX_ROWS * LANES];
+      amx_products8(codes, x + r * q.stride, q.stride, w.inputs, step, r == 0, sums);
+      for (int64_t i = 0; i < std::min<int64_t>(AMX_ROWS, wide - r); ++i) finish(r + i, read<I>(sums + i * LANES));
+    }
+    by_rows(count - wide, [&]<int R>(int64_t r) {
+      I sum[R] = {};
+      products8<R>(codes, x + (wide + r) * q.stride, q.stride, w.inputs / 4, sum);
+      for (int i = 0; i < R; ++i) finish(wide + r + i, sum[i]);
+    });
   });
 }
 

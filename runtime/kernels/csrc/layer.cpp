@@ -89,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tenso
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* more = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
     auto *to = static_cast<T*>(out.mutable_data_ptr()), *added = more ? static_cast<T*>(total.mutable_data_ptr()) : nullptr;
-    parallel_for(rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, std::max<int64_t>(1, 4096 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
       std::vector<float> row(padded(width));
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t d = 0; d < width; d += LANES) {

@@ -11,6 +11,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "amx.h"
@@ -24,6 +25,11 @@ constexpr int AMX_FROM = 9;  // rows that are faster as a tile of sixteen than o
 
 // How many of the first rows AMX multiplies: what is left over are few.
 inline int64_t amx_rows(int64_t count) { return count % AMX_ROWS >= AMX_FROM ? count : count / AMX_ROWS * AMX_ROWS; }
+
+// Inputs of a step by AMX, where there are rows enough and its steps divide `unit`; else 0.
+inline int64_t amx_step(int64_t rows, int64_t unit) {
+  return rows >= AMX_FROM && unit % 32 == 0 && amx_allowed() ? (unit % 64 ? 32 : 64) : 0;
+}
 
 // Activations as bytes.
 struct Codes {
@@ -45,7 +51,7 @@ Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
   q.code.resize((rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS * q.stride / sizeof(I));
   q.scale.resize(rows * groups);
   q.sum.resize(rows * groups);
-  parallel_for(rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       for (int64_t g = 0; g < groups; ++g) {
         const T* from = x + m * inputs + g * group;
@@ -89,15 +95,16 @@ struct Packed {
   I zero_at(int64_t line) const { return zero ? widen(read<B>(zero + line * LANES)) : splat(int32_t(8)); }
 };
 
-// make() gives a function f(first row, rows, tile, y) which fills y [rows, WIDTH] with a tile's outputs, behind which there is room
-// for Segments::DEPTH of it, STACK floats apart; every 64 rows a thread goes through its tiles once.
+// f(first row, rows, tile, y) fills y [rows, WIDTH] with a tile's outputs, behind which there is room for Segments::DEPTH of it,
+// STACK floats apart; every 64 rows a thread goes through its tiles once. step: of AMX, whose registers are then shaped for it, or 0.
 template <int WIDTH, class Function>
-void over_tiles(at::Tensor& out, int64_t inputs, bool amx, const Function& make) {
+void over_tiles(at::Tensor& out, int64_t inputs, int64_t step, const Function& f) {
   const int64_t rows = out.size(0), outputs = out.size(1), tiles = (outputs + WIDTH - 1) / WIDTH;
-  const int64_t work = std::max<int64_t>(1, inputs * WIDTH * std::min<int64_t>(rows, ROWS) / (amx ? 4 : 1));
+  const int64_t work = std::max<int64_t>(1, inputs * WIDTH * std::min<int64_t>(rows, ROWS) / (step ? 4 : 1));
   parallel_for(tiles, std::max<int64_t>(1, 262144 / work), [&](int64_t begin, int64_t end) {
     alignas(64) float y[Segments::DEPTH * STACK];
-    auto f = make();
+    std::optional<AmxTiles> shape;
+    if (step) shape.emplace(step);
     for (int64_t m = 0; m < rows; m += ROWS)
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t count = std::min<int64_t>(ROWS, rows - m);
