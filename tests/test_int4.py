@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import random
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,17 +25,6 @@ from tests.branches import branches
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def module(request: pytest.FixtureRequest) -> ModuleType:
-    if request.param == "reference":
-        return reference
-    chosen = kernels.select(torch.device("cpu"))
-    if chosen is reference:
-        assert shutil.which(os.environ.get("CXX", "c++")) is None, "there is a compiler, and yet nothing was built"
-        pytest.skip("the C++ kernels can't be built here")
-    return chosen
 
 
 def random_weight(rng: random.Random) -> Int4Weight:
