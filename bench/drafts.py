@@ -15,21 +15,20 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.inprocess import run
+from bench.inprocess import greedy, run
+from bench.jobs import ROOT
 from bench.machine import describe
 from bench.prompts import demo_texts
 from bench.tables import table
 from configs.schema import RunConfig
-from launcher.encoder import load_tokenizer
 from runtime.comm import Solo
-from runtime.request import Request, SamplingParams
+from runtime.request import Request
 from workers.models import Models, load_models
 
-DEMO = Path("configs/demo")
+DEMO = ROOT / "configs/demo"
 PIECE = 240  # characters that a repetitive prompt repeats
 KINDS = ("ordinary", "repetitive")
 METHODS = ("ngram", "suffix", "model", "auto")
@@ -54,11 +53,9 @@ def configuration(given: argparse.Namespace, batch: int, method: str, drafts: st
 def requests(given: argparse.Namespace, kind: str, batch: int) -> list[Request]:
     """At least two for every place in a batch."""
     texts = list(itertools.islice(itertools.cycle(demo_texts()), max(given.count, 2 * batch)))
-    tokenizer = load_tokenizer(given.model)
-    params = SamplingParams(temperature=0.0, max_tokens=given.new_tokens, ignore_eos=True)
     if kind == "repetitive":
         texts = [3 * (text[:PIECE].rstrip("\n") + "\n") for text in texts]
-    return [Request(index, tuple(tokenizer(text).input_ids), params) for index, text in enumerate(texts)]
+    return greedy(given.model, texts, given.new_tokens)
 
 
 class Measurement:
@@ -121,8 +118,7 @@ def main() -> None:
 
 
 def load(given: argparse.Namespace) -> Models:
-    solo: Any = Solo()
-    return load_models(configuration(given, 1, "model", AUTO), solo, solo, torch.device("cpu"), aloud=False)
+    return load_models(configuration(given, 1, "model", AUTO), Solo(), Solo(), torch.device("cpu"), aloud=False)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,13 @@ def run(config: RunConfig, requests: Iterable[Request], models: Models) -> Numbe
 
 def demo_requests(model: Path, prompts: Path, count: int, new_tokens: int) -> list[Request]:
     """Greedy continuations of the first prompts of a batch file."""
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     bodies = [json.loads(line)["body"] for line in prompts.read_text().splitlines()]
-    texts = [body["prompt"] for body in bodies if "prompt" in body][:count]
+    return greedy(model, [body["prompt"] for body in bodies if "prompt" in body][:count], new_tokens)
+
+
+def greedy(model: Path, texts: list[str], new_tokens: int) -> list[Request]:
+    """Requests for greedy continuations of exactly so many tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     return [Request(index, tuple(tokenizer(text).input_ids), params) for index, text in enumerate(texts)]
 

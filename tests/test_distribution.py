@@ -3,7 +3,7 @@
 Every case draws pairs of consecutive tokens: each pair is one sequence with its own seed and one draft, which the rule
 checks; where it doesn't stand, a second check decides the second token, as in a real round. A table stands for the model:
 logits for the next token by the one before. A case fails if two draws in a row look wrong, the second of four times as many
-sequences. By chance alone either of two tests does in one draw in 10,000; so one run in a million fails falsely, where a single
+sequences. By chance alone either of two tests does in one draw in 10,000; so two runs in a million fail falsely, where a single
 draw would make that one in 100.
 """
 

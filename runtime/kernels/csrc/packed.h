@@ -96,7 +96,7 @@ struct Packed {
 };
 
 // f(first row, rows, tile, y) fills y [rows, WIDTH] with a tile's outputs, behind which there is room for Segments::DEPTH of it,
-// STACK floats apart; every 64 rows a thread goes through its tiles once. step: of AMX, whose registers are then shaped for it, or 0.
+// STACK floats apart; every 64 rows a thread goes through its tiles once. step: of AMX, whose registers are shaped for it, or 0.
 template <int WIDTH, class Function>
 void over_tiles(at::Tensor& out, int64_t inputs, int64_t step, const Function& f) {
   const int64_t rows = out.size(0), outputs = out.size(1), tiles = (outputs + WIDTH - 1) / WIDTH;
