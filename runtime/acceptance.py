@@ -12,7 +12,7 @@ Indices = NDArray[np.int64]
 
 JOB_MEMORY, MEMORY = 0.995, 0.95  # what is left of an observation after the next one, in the job and in one sequence
 PRIOR = 16.0  # observations that a prior counts for: what is chosen is also what happens to look best
-UNKNOWN = 0.5  # chance of a draft of which nothing is known yet
+UNKNOWN = 0.75  # chance of a draft of which nothing is known yet: what is not tried is not learnt
 
 
 @dataclass(slots=True)

@@ -41,9 +41,7 @@ def allocate(
     likeliest drafts are the best ones, and the best number is found by looking at each: whatever the form of `seconds`,
     this is the maximum where all shares are 1. A model's steps are shared by its chains: each depth is looked at in turn.
 
-    Where they are less, rounds differ: a long draft that is seldom made costs a round of many rows then, and nothing else
-    does, while a round of average rows may cost no more than one without drafts. So a round is taken to have none or a
-    certain number of drafts, with the mean and the variance that they have; for one sequence with one offer that is how it is.
+    Where they are less, rounds differ, and a long draft costs the rounds in which it is made: see `prices`.
     """
     places = np.arange(1, stands.shape[1] + 1)
     gains, weights = stands.ravel(), np.repeat(shares, len(places))
@@ -59,8 +57,7 @@ def allocate(
         weight = weights[usable]
         drafted = np.cumsum(weight * of_model[usable])
         tokens = base + np.cumsum(weight * gains[usable])
-        mean, square = moments(weight, depth_of[usable], owner_of[usable])
-        taken = plain + mean**2 / square * (seconds(rows + square / mean) - plain)
+        taken = plain + np.cumsum(prices(weight, depth_of[usable], owner_of[usable], rows, seconds))
         taken += drafting(np.array(float(depth)), drafted)
         most = int(np.argmax(tokens / taken))
         if tokens[most] / taken[most] > best.tokens / best.seconds:
@@ -70,19 +67,37 @@ def allocate(
     return Allocation(counts.astype(np.int64), best.tokens, best.seconds)
 
 
-def moments(weights: Array, places: Indices, owners: Indices) -> tuple[Array, Array]:
-    """Mean and mean square of a round's drafts, if these may be had up to each in turn: [N], [N].
+def prices(weights: Array, places: Indices, owners: Indices, rows: float, seconds: Seconds) -> Array:
+    """What each of these drafts adds to the mean seconds of a round, if they are taken up in turn: [N].
 
     weights: [N], how often the offer is made that a draft belongs to. places: [N], which of its drafts it is, from 1 on, each
-    behind those before it. owners: [N], the sequence to which it is made.
+    behind those before it. owners: [N], the sequence to which it is made. rows: of a round without drafts.
+
+    Such a draft is one row more in just those rounds in which its offer is made. They have all that came before it in this
+    offer and, of other sequences, what these happen to find: that is taken to be nothing or a certain number, with the mean and
+    the variance that it has. So prices are exact for one sequence, and where every offer is always made.
     """
-    by_owner = np.argsort(owners, kind="stable")
-    before, owned = np.cumsum(weights[by_owner]) - weights[by_owner], owners[by_owner]
-    own = np.empty_like(weights)  # a sequence's mean without the draft
-    own[by_owner] = before - before[np.searchsorted(owned, owned)]
-    mean = np.cumsum(weights)
-    variance = np.cumsum(weights * (2 * places - 1 - 2 * own - weights))
-    return mean, np.maximum(0.0, variance) + mean**2
+    grown = weights * (2 * places - 1)  # what a draft adds to the mean square of its sequence's drafts
+    mean, square = before(np.stack([weights, grown]), owners)
+    spread = grown - weights * (2 * mean + weights)  # and to the variance
+    others = np.cumsum(weights) - weights - mean
+    whole = np.maximum(0.0, np.cumsum(spread) - spread - (square - mean**2)) + others**2
+    some = np.divide(whole, others, out=np.zeros_like(whole), where=others > 0)
+    often = np.divide(others, some, out=np.zeros_like(whole), where=some > 0)
+    alone = np.diff(seconds(rows + np.arange(places.max() + 1.0)))[places - 1]
+    with_some, less_one = seconds(rows + np.stack([some, some - 1]) + places)
+    added: Array = weights * (often * (with_some - less_one) + (1 - often) * alone)
+    return added
+
+
+def before(values: Array, owners: Indices) -> Array:
+    """Of every value [..., N], the sum of those before it that have the same owner: [..., N]."""
+    order = np.argsort(owners, kind="stable")
+    sorted_, owned = values[..., order], owners[order]
+    sums = np.cumsum(sorted_, axis=-1) - sorted_
+    found = np.empty_like(values)
+    found[..., order] = sums - sums[..., np.searchsorted(owned, owned)]
+    return found
 
 
 def allocate_evenly(

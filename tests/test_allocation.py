@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from runtime.allocation import allocate, allocate_evenly, depths, moments
+from runtime.allocation import allocate, allocate_evenly, depths, prices
 
 
 def tokens_per_second(counts, stands, shares, chained, base, rows, seconds, drafting):  # type: ignore[no-untyped-def]
@@ -70,14 +70,21 @@ def test_drafts_that_are_seldom_made_are_counted_so_often(seed: int) -> None:
         assert (allocate(*given, np.arange(len(stands)), floor=share).counts == found.counts).all()
 
 
-def test_moments_are_those_of_all_rounds_there_can_be(seed: int) -> None:
-    """Three sequences with up to three offers each, and drafts taken up one by one in any order that keeps an offer's own."""
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_prices_are_what_all_rounds_there_can_be_take_more(sequences: int, seed: int) -> None:
+    """Up to three offers for each sequence, and drafts taken up one by one in any order that keeps an offer's own. For one
+    sequence rounds cost anything; of others only moments are used, so there costs are a cubic, whose mean has no more to it."""
     rng = np.random.default_rng(seed)
-    shares = [rng.dirichlet(np.ones(1 + rng.integers(1, 4)))[1:] for _ in range(3)]  # what is left: nothing is found
+    table, cubic = np.cumsum(rng.random(40)), rng.random(4) * [0.001, 0.01, 0.1, 1]
+
+    def seconds(rows: np.ndarray) -> np.ndarray:
+        return np.interp(rows, np.arange(40), table) if sequences == 1 else np.polyval(cubic, rows)
+
+    shares = [rng.dirichlet(np.ones(1 + rng.integers(1, 4)))[1:] for _ in range(sequences)]  # what is left: nothing is found
     offers = [(owner, which) for owner, mine in enumerate(shares) for which in range(len(mine))]
     order = rng.permutation(np.repeat(np.arange(len(offers)), 3))
     counts = np.zeros(len(offers), int)
-    weights, places, owners, expected = [], [], [], []
+    weights, places, owners, expected = [], [], [], [float(seconds(np.array(sequences)))]
     for offer in order:
         owner, which = offers[offer]
         counts[offer] += 1
@@ -88,8 +95,9 @@ def test_moments_are_those_of_all_rounds_there_can_be(seed: int) -> None:
         for (whose, nth), count in zip(offers, counts, strict=True):
             found[whose].append((shares[whose][nth], count))
         rounds = [(np.prod([chance for chance, _ in each]), sum(n for _, n in each)) for each in product(*found)]
-        expected.append([sum(chance * n**power for chance, n in rounds) for power in (1, 2)])
-    np.testing.assert_allclose(np.transpose(moments(np.array(weights), np.array(places), np.array(owners))), expected)
+        expected.append(sum(chance * float(seconds(np.array(sequences + n))) for chance, n in rounds))
+    found_prices = prices(np.array(weights), np.array(places), np.array(owners), float(sequences), seconds)
+    np.testing.assert_allclose(found_prices, np.diff(expected), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from configs.schema import RunConfig
 from runtime.comm import Communicator
 from runtime.drafting.drafter import Draft, NgramDrafter, NoDrafter, SuffixDrafter
+from runtime.drafting.either import Either
 from runtime.drafting.match import CANDIDATES, MatchIndex
+from runtime.drafting.model import ModelDrafter
 from runtime.drafting.shared import END, Shared
 from runtime.scheduler import Work
 from runtime.sequence import Sampling, Sequence
 from tests.tiny_models import on_ranks
+from workers.build import make_drafter
+from workers.models import load_replica
+
+DRAFT = Path("configs/demo/draft").resolve()
 
 
 def sequence(tokens: list[int], slot: int = 0) -> Sequence:
@@ -197,3 +205,16 @@ def test_ranks_share_the_work_and_get_the_same(size: int, seed: int) -> None:
 
     assert on_ranks(size, rank) == [[alone, alone[3:4]]] * size
     assert sorted(slot for slots in seen.values() for slot in slots) == list(range(7)), "each slot has one owner"
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("none", NoDrafter), ("ngram", NgramDrafter), ("suffix", SuffixDrafter), ("model", ModelDrafter), ("auto", Either)],
+)
+def test_the_method_says_who_drafts_whatever_is_loaded(method: str, kind: type) -> None:
+    def config(method: str) -> RunConfig:
+        speculation = {"method": method, "model": str(DRAFT)}
+        return RunConfig.model_validate({"model": {"target": str(DRAFT)}, "speculation": speculation})
+
+    replica = load_replica(config("model"), torch.device("cpu"))
+    assert type(make_drafter(config(method), replica, 4, torch.device("cpu"))) is kind

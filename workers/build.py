@@ -246,7 +246,7 @@ def make_drafter(config: RunConfig, replica: Model | None, num_blocks: int, devi
     if speculation.method == "ngram":
         return NgramDrafter(shortest, longest)
     lookup = SuffixDrafter(shortest, longest)
-    if replica is None:
+    if speculation.method == "suffix" or replica is None:
         return lookup
     held = held_dtype(engine.kv_cache_dtype, replica.dtype)
     cache = KVCache(replica.cache_shape, num_blocks, engine.block_size, held, device)
