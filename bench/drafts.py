@@ -5,6 +5,8 @@ repetitive ones (a piece of each, three times over). All settings of a cell run 
 times; what is chosen is compared within a turn, with the setting that was the best in the middle of all turns. Trying out what
 rounds take, two seconds of a job's start, isn't timed, as loading isn't. `--model` takes another checkpoint with the demo's
 tokenizer, such as one that `bench.enlarge` made.
+
+With `--charged` that model is only tried out; then the demo's writes, on a clock that charges its rounds what the other took.
 """
 
 from __future__ import annotations
@@ -13,18 +15,22 @@ import argparse
 import itertools
 import statistics
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from bench.inprocess import greedy, run
+from bench.charged import charged
+from bench.inprocess import greedy, run, start
 from bench.jobs import ROOT
 from bench.machine import describe
 from bench.prompts import demo_texts
 from bench.tables import table
 from configs.schema import RunConfig
 from runtime.comm import Solo
+from runtime.costs import Costs
 from runtime.request import Request
 from workers.models import Models, load_models
 
@@ -59,11 +65,13 @@ def requests(given: argparse.Namespace, kind: str, batch: int) -> list[Request]:
 
 
 class Measurement:
-    """Tokens/s of every job, by cell and setting, a value a turn."""
+    """Tokens/s of every job, by cell and setting, a value a turn. costs: by batch, what rounds are charged, if they are."""
 
-    def __init__(self, given: argparse.Namespace, models: Models) -> None:
+    def __init__(self, given: argparse.Namespace, models: Models, costs: dict[int, Costs]) -> None:
         self._given = given
         self._models = models
+        self._costs = costs
+        self._rng = np.random.default_rng(0)
         self._outputs: dict[tuple[str, int], dict[int, tuple[int, ...]]] = {}
         self.speeds: dict[Cell, dict[str, list[float]]] = {}
 
@@ -79,7 +87,9 @@ class Measurement:
                 print(kind, method, batch, {name: round(x[-1], 1) for name, x in cell.items()}, file=sys.stderr, flush=True)
 
     def _job(self, kind: str, batch: int, method: str, drafts: str) -> float:
-        numbers = run(configuration(self._given, batch, method, drafts), requests(self._given, kind, batch), self._models)
+        costs, config = self._costs.get(batch), configuration(self._given, batch, method, drafts)
+        with charged(costs, self._rng) if costs else nullcontext():
+            numbers = run(config, requests(self._given, kind, batch), self._models)
         wanted = self._outputs.setdefault((kind, batch), numbers.outputs)
         assert numbers.outputs == wanted, "numbers of drafts changed the output"
         return numbers.tokens_per_second
@@ -107,14 +117,27 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--charged", action="store_true", help="let the demo's model write at the other's cost")
     given = parser.parse_args()
-    measurement = Measurement(given, load(given))
+    models, costs = load(given), {}
+    if given.charged:
+        costs = {batch: tried(given, models, batch) for batch in given.batches}
+        given.model, given.head = DEMO / "target-int4", "16bit"
+        models = load(given)
+    measurement = Measurement(given, models, costs)
     for _ in range(given.repeats):
         measurement.turn()
     print(f"{describe()}, {given.threads} threads\n")
     print("Tokens/s, to no drafter; last: the chosen numbers, to the best of all others, and the turns' ends.\n")
     head = ["prompts", "drafter", "batch", "tokens/s without", *given.drafts, AUTO, "auto to the best"]
     print(table(head, (measurement.row(cell) for cell in measurement.speeds)))
+
+
+def tried(given: argparse.Namespace, models: Models, batch: int) -> Costs:
+    """What this model's rounds, and a draft model's steps, take at this batch."""
+    costs = start(configuration(given, batch, "auto", AUTO), models)[1].costs
+    assert costs is not None, "where numbers of drafts are chosen, rounds are tried out"
+    return costs
 
 
 def load(given: argparse.Namespace) -> Models:

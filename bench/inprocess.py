@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from configs.schema import RunConfig
 from runtime.coordinator import Coordinator
+from runtime.engine import Engine
 from runtime.events import Event, Finished, NoMoreRequests, Refused, Submit
 from runtime.group import Limits
 from runtime.messages import Hello, Message, Plan, Stop
@@ -92,16 +93,20 @@ class Numbers:
     outputs: dict[int, tuple[int, ...]]
 
 
+def start(config: RunConfig, models: Models) -> tuple[Engine, Hello]:
+    """The only rank's engine, with models that are loaded."""
+    return build(config, Place(0, 0, [(0,)], 0, 1, True, "inprocess"), lambda *_, **__: models)
+
+
 def run(config: RunConfig, requests: Iterable[Request], models: Models) -> Numbers:
     """Runs all requests on models that are loaded."""
-    place = Place(0, 0, [(0,)], 0, 1, True, "inprocess")
-    engine, hello = build(config, place, lambda *_, **__: models)
+    engine, hello = start(config, models)
     mailbox = Mailbox()
     rank = Rank(0, True, "group", engine, cast("Client", mailbox))
     machine = Coordinator(groups=[(0,)], limits=Limits.of(config), decode=lambda tokens: "")
-    start = time.perf_counter()
+    since = time.perf_counter()
     course = drive(machine, [(mailbox, hello)], requests, rank.carry_out)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - since
     outputs = {index: completion.tokens for (index, _), completion in course.completions.items()}
     return Numbers(sum(map(len, outputs.values())) / seconds, machine.stats.mean_acceptance_length, outputs)
 

@@ -64,9 +64,10 @@ class Decoder:
         return product.weight if isinstance(product, Dense) else product.packed if isinstance(product, Int8) else None
 
     @cached_property
-    def at_once(self) -> bool:
-        """Whether C++ can go through all layers by itself."""
-        return all(layer.sums is not None and layer.sums.through is not None for layer in self.layers)
+    def stack(self) -> Any:
+        """All layers as C++ goes through them by itself, or None where it can't."""
+        native = [layer.native for layer in self.layers if layer.sums is not None and layer.sums.through is not None]
+        return self.kernels.stack(native) if len(native) == len(self.layers) and all(native) else None
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """What the head multiplies, [L, W]: the rows that want logits, normed."""
@@ -78,11 +79,10 @@ class Decoder:
 
     def _through(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
         """x [T, W] -> x, update after the last layer; their sum is what it gives."""
-        native = [layer.native for layer in self.layers]
-        if all(native) and self.at_once and x.is_contiguous():
+        if self.stack is not None and x.is_contiguous():
             at = self.kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
             through = self.layers[0].sums.through  # type: ignore[union-attr]
-            x, last = self.kernels.run_layers(native, x, cache.keys, cache.values, at, through)
+            x, last = self.kernels.run_layers(self.stack, x, cache.keys, cache.values, at, through)
             return x, last
         update: Tensor | None = None
         for layer in self.layers:

@@ -21,7 +21,7 @@ from runtime.kernels.arguments import (
     check_write,
 )
 from runtime.kernels.build import load_extension
-from runtime.kernels.native import NativeLayer, places, product, run_layers  # noqa: F401  whole layers in C++
+from runtime.kernels.native import NativeLayer, places, product, run_layers, stack  # noqa: F401  whole layers in C++
 from runtime.kernels.packed import PackedInt4, PackedInt8, narrow_scale
 from runtime.kernels.reference_sampling import candidates, cut, masses  # noqa: F401  lists of tokens are torch's
 from runtime.noise import SPREAD

@@ -62,15 +62,19 @@ class NativeLayer:
         return part, total
 
 
+def stack(layers: Sequence[NativeLayer]) -> Any:
+    """Layers as `run_layers` takes them. Handed over once, as Python takes a while for each."""
+    return _classes.Stack([each.layer for each in layers])
+
+
 def run_layers(
-    layers: Sequence[NativeLayer], x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], at: Any,
-    through: Through,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """All layers in one call: x [T, W] -> x, update, whose sum comes out of the last. Raises PeerLost."""
+    layers: Any, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], at: Any, through: Through
+) -> tuple[Tensor, Tensor]:
+    """All layers of a `stack` in one call: x [T, W] -> x, update, whose sum comes out of the last. Raises PeerLost."""
     made: list[Tensor] = []
 
     def run(exchange: Any, timeout: float) -> tuple[int, float]:
-        *made[:], state, seconds = _run_layers([each.layer for each in layers], x, keys, values, at, exchange, timeout)
+        *made[:], state, seconds = _run_layers(layers, x, keys, values, at, exchange, timeout)
         return state, seconds
 
     through(run)

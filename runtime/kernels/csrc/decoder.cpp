@@ -122,16 +122,23 @@ struct Layer : torch::CustomClassHolder {
   }
 };
 
+struct Stack : torch::CustomClassHolder {
+  std::vector<c10::intrusive_ptr<Layer>> layers;
+
+  explicit Stack(std::vector<c10::intrusive_ptr<Layer>> layers) : layers(std::move(layers)) {
+    TORCH_CHECK(!this->layers.empty(), "a decoder has layers");
+  }
+};
+
 // All layers: x [T, W] -> x and update, whose sum comes out of the last; what an exchange came to that failed, or 0; seconds
 // that all exchanges took. Parts are added up by `exchange`, which a rank that is alone doesn't need; a wait for others ends
 // after `timeout` seconds.
-std::tuple<at::Tensor, at::Tensor, int64_t, double> run_layers(const c10::List<c10::intrusive_ptr<Layer>>& layers,
-                                                               at::Tensor x, at::TensorList key_caches,
+std::tuple<at::Tensor, at::Tensor, int64_t, double> run_layers(const c10::intrusive_ptr<Stack>& stack, at::Tensor x,
+                                                               at::TensorList key_caches,
                                                                at::TensorList value_caches,
                                                                const c10::intrusive_ptr<Places>& at,
                                                                const std::optional<c10::intrusive_ptr<Exchange>>& exchange,
                                                                double timeout) {
-  TORCH_CHECK(!layers.empty(), "a decoder has layers");
   using Clock = std::chrono::steady_clock;
   int64_t state = 0;
   Clock::duration spent{};
@@ -145,8 +152,8 @@ std::tuple<at::Tensor, at::Tensor, int64_t, double> run_layers(const c10::List<c
   };
   Given update;
   together([&] {
-    for (size_t i = 0; i < layers.size() && state == 0; ++i) {
-      const c10::intrusive_ptr<Layer> layer = layers[i];
+    for (size_t i = 0; i < stack->layers.size() && state == 0; ++i) {
+      const Layer* layer = stack->layers[i].get();
       std::tie(update, x) = layer->attention(x, update, key_caches[i], value_caches[i], at);
       update = summed(*update);
       if (state) break;
@@ -178,5 +185,6 @@ TORCH_LIBRARY_FRAGMENT(quasar, m) {
                        double, int64_t, double, Given>())
       .def("attention", &Layer::attention)
       .def("mlp", &Layer::mlp);
+  m.class_<Stack>("Stack").def(torch::init<std::vector<c10::intrusive_ptr<Layer>>>());
   m.def("run_layers", &run_layers);
 }
