@@ -1,6 +1,6 @@
 """A clock that is told what rounds take: a small model writes, and is charged what a large one took.
 
-So jobs differ in nothing but what is looked at, and what a host does besides is left out; what a coordinator takes is too.
+So what else a host does is no part of what is compared. What the coordinator takes is left out as well.
 """
 
 from __future__ import annotations
