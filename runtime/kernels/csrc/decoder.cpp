@@ -122,6 +122,7 @@ struct Layer : torch::CustomClassHolder {
   }
 };
 
+// The layers of a decoder, handed over once, as a list of them takes a while to unpack with every pass.
 struct Stack : torch::CustomClassHolder {
   std::vector<c10::intrusive_ptr<Layer>> layers;
 
