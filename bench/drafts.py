@@ -107,7 +107,7 @@ class Measurement:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEMO / "target-int4")
-    parser.add_argument("--head", choices=["16bit", "int8"], default="16bit", help="how the output head is held")
+    parser.add_argument("--head", choices=["16bit", "int8", "screened"], default="16bit", help="how the output head is held")
     parser.add_argument("--draft-model", type=Path, default=DEMO / "draft")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -25,7 +25,7 @@ from launcher.summary import PARTS
 
 WEIGHTS: dict[str, dict[str, str]] = {
     "16-bit": {"model.quantization": "none"},
-    "int4": {"model.quantization": "int4", "model.lm_head": "int8"},
+    "int4": {"model.quantization": "int4", "model.lm_head": "screened"},
 }
 DRAFTERS = ("none", "ngram", "suffix", "model")
 

@@ -36,8 +36,9 @@ Run = tuple[str, int]  # who, and rows
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "none, 16bit head": {"quantization": "none"},
     "none, int8 head": {"quantization": "none", "lm_head": "int8"},
-    "int4 + int8, 16bit head": {"activations": "int8"},
+    "int4 + int8, 16bit head": {"activations": "int8", "lm_head": "16bit"},
     "int4 + int8, int8 head": {"activations": "int8", "lm_head": "int8"},
+    "int4 + int8, screened head": {"activations": "int8", "lm_head": "screened"},
     "int4 + 16bit, int8 head": {"activations": "16bit", "lm_head": "int8"},
 }
 

@@ -27,7 +27,7 @@ from bench.tables import spread, table
 from launcher.encoder import load_tokenizer
 
 WEIGHTS = {
-    "quasar": "int4 g128, int8 head", "quasar-16bit": "bf16", "transformers": "bf16", "openvino": "int4 g128, int8 head",
+    "quasar": "int4 g128, screened head", "quasar-16bit": "bf16", "transformers": "bf16", "openvino": "int4 g128, int8 head",
     "llamacpp": "Q4_0", "vllm": "bf16",
 }  # fmt: skip
 SPECULATION = ("none", "ngram", "model")
@@ -58,7 +58,7 @@ class Measured:
 
 def run_ours(who: Contestant, batch: int, prompts: list[Prompt], given: argparse.Namespace, scratch: Path) -> Measured:
     write_requests(scratch / "requests.jsonl", prompts, given.new_tokens, 0.0)
-    weights = {"model.quantization": "none"} if who.engine == "quasar-16bit" else {"model.lm_head": "int8"}
+    weights = {"model.quantization": "none"} if who.engine == "quasar-16bit" else {"model.lm_head": "screened"}
     settings: dict[str, Any] = weights | {
         "model.target": given.model, "engine.max_num_seqs": batch, "engine.max_model_len": 1024,
         "engine.threads": given.threads, "speculation.method": who.speculation, "speculation.model": given.draft_model,

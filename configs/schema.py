@@ -49,10 +49,12 @@ class ModelConfig(Section):
         description="what int4 weights are multiplied with; int8 is rounded on the fly, a scale per row and group; "
         "auto is int8 on a CPU and 16bit on a GPU",
     )
-    lm_head: Literal["16bit", "int8"] = Field(
-        "16bit",
+    lm_head: Literal["auto", "16bit", "int8", "screened"] = Field(
+        "auto",
         description="how the output head is held; int8 has a scale per token of the vocabulary, rounds what it is "
-        "multiplied with too, and halves what a round reads of it",
+        "multiplied with too, and halves what a round reads of it; screened takes int4 weights for every logit and the 16-bit "
+        "ones for those that may be the largest, so that the best token is 16bit's for a quarter of the reads; auto is "
+        "screened on a CPU where linear weights are int4, else 16bit",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="of activations, cache and unquantised weights; auto takes the checkpoint's"
@@ -61,8 +63,10 @@ class ModelConfig(Section):
     @property
     def arithmetic(self) -> dict[str, Any]:
         """What of this decides a result: neither where the model lies nor, without int4, how int4 would be held."""
-        unused = {"group_size", "symmetric", "activations"} if self.quantization == "none" else set()
-        return self.model_dump(exclude={"target", *unused})
+        head = "16bit" if self.lm_head == "auto" and self.quantization == "none" else self.lm_head
+        int4 = self.quantization == "int4" or head == "screened"
+        unused = set() if int4 else {"group_size", "symmetric", "activations"}
+        return self.model_dump(exclude={"target", *unused}) | {"lm_head": head}
 
 
 class SpeculationConfig(Section):

@@ -9,12 +9,14 @@ from functools import partial
 from torch import nn
 from transformers import PreTrainedModel
 
+from runtime.checkpoint import ModelError
 from runtime.comm import Communicator
 from runtime.experts import Experts
 from runtime.layout import Columns, Layout, Rows
 from runtime.linear import ColumnParallel, Int4, Product, Reordered, RowParallel, Siblings, VocabEmbedding, is_table
 from runtime.products import Part, Products
 from runtime.read_ahead import Extent, ReadAhead
+from runtime.screened import Screened
 from runtime.shard import Span
 from runtime.skeleton import replace
 
@@ -81,9 +83,12 @@ class Loader:
         stored = tied.get(f"{layout.head}.weight", f"{layout.head}.weight")
         head = products.head(layout.head, stored, layout.head_span, table if f"{layout.head}.weight" in tied else None)
         bias = products.bias([layout.head], [layout.head_span])
+        if bias is not None and isinstance(head, Screened):
+            raise ModelError(f"{layout.head} has a bias, which model.lm_head: screened doesn't look at; use int8 or 16bit")
         swaps[layout.embedding] = VocabEmbedding(embedding, layout.embedding_span, self.comm)
         swaps[layout.head] = ColumnParallel(Siblings(head, [layout.head_span.width], bias))
-        return table.nbytes + (0 if is_table(head, table) else head.nbytes) + (0 if bias is None else bias.nbytes)
+        kept = head.kept if isinstance(head, Screened) else 0
+        return table.nbytes + kept + (0 if is_table(head, table) else head.nbytes) + (0 if bias is None else bias.nbytes)
 
     def _columns(self, columns: Columns, parts: list[Part], swaps: dict[str, nn.Module]) -> int:
         """Linears of one input, whose outputs are split."""

@@ -30,6 +30,7 @@ from runtime.pointwise import steady
 from runtime.products import Products
 from runtime.quantize.schemes import Scheme, read_schemes
 from runtime.rope import longest
+from runtime.screened import Screened
 from runtime.sequence import GREEDY_BELOW
 from runtime.skeleton import build_config, build_skeleton, present_names, tied_weights, weight_names
 
@@ -64,15 +65,18 @@ class Model:
     @property
     def capturable(self) -> bool:
         """Whether a pass launches the same work for all batches of one shape, as a CUDA graph has to: experts are asked one
-        after the other, for the rows that were sent to them."""
-        return next(experts_of(self.module), None) is None
+        after the other, for the rows that were sent to them, and a screened head for some tokens."""
+        head = self.module.get_output_embeddings().siblings.product
+        return next(experts_of(self.module), None) is None and not isinstance(head, Screened)
 
     @property
     def bytes_read(self) -> int:
-        """Of the weights, what a pass reads: all but an embedding's table that isn't the head's weight too."""
+        """Of the weights, what a pass reads: all but an embedding's table that isn't the head's weight too, and the weights
+        that a screened head looks up."""
         table: Tensor = self.module.get_input_embeddings().weight  # type: ignore[assignment]
         head = self.module.get_output_embeddings().siblings.product
-        return self.weight_bytes - (0 if is_table(head, table) else table.nbytes)
+        kept = head.kept if isinstance(head, Screened) else 0
+        return self.weight_bytes - kept - (0 if is_table(head, table) else table.nbytes)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -141,7 +145,7 @@ def load_model(
         vocab_size = module.get_output_embeddings().out_features
         kernels = select(device) if reproducible else loosened(select(device))
         belt = Belt(device) if visiting else None
-        products = Products(module, config, checkpoint, kernels, dtype, device, schemes, belt)
+        products = Products(module, config, checkpoint, kernels, dtype, device, schemes, comm, belt)
         loader = Loader(module, products, comm)
         held = loader.fill(layout, tied, on_part)
     finally:

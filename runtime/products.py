@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from configs.schema import ModelConfig
 from runtime.belt import Belt
 from runtime.checkpoint import Checkpoint, ModelError
+from runtime.comm import Communicator
 from runtime.kernels.packed import PackedInt4, PackedInt8
 from runtime.linear import Dense, Int4, Int8, Product, Reordered, Stacked
 from runtime.pages import Pages
@@ -21,6 +22,7 @@ from runtime.quantize.int4 import Int4Weight, merge
 from runtime.quantize.int8 import quantize as quantize_int8
 from runtime.quantize.schemes import Scheme
 from runtime.quantize.stored import Order, expand, order_of, read_int4
+from runtime.screened import Screened
 from runtime.shard import Span
 
 PIECE = 1 << 20  # weights that are worked on at a time, so that little is in memory beside what is finished
@@ -43,6 +45,7 @@ class Products:
     dtype: torch.dtype
     device: torch.device
     schemes: dict[str, Scheme]
+    comm: Communicator
     belt: Belt | None = None
     pages: Pages = field(default_factory=Pages)
     _sorted: tuple[str, Span, Order | None] | None = None  # of the linear that was read last
@@ -52,15 +55,40 @@ class Products:
         part = path, span, self.inputs(path)
         if path in self.schemes and self.config.quantization == "int4":  # stored quantised, and so it stays
             return self.of([part])
-        if self.config.lm_head == "16bit":
+        how = self._head_by(path) if self.config.lm_head == "auto" else self.config.lm_head
+        if how == "16bit":
             return Dense(self._filled([part]) if table is None else table, self.kernels)
-        # From the file's own values, and each row has a scale of its own.
-        pieces = (rows for piece in cut([part]) for _, rows, _ in piece)
+        # From the file's own values.
+        pieces = (self._stored_rows(path, stored, rows) for piece in cut([part]) for _, rows, _ in piece)
+        kernels = self.kernels
         try:
-            packed = [self.kernels.pack_int8(quantize_int8(self._stored_rows(path, stored, rows))) for rows in pieces]
+            if how == "int8":  # each row with a scale of its own
+                eights = [kernels.pack_int8(quantize_int8(piece)) for piece in pieces]
+                return Int8(PackedInt8.join(eights, self.pages), kernels)
+            return self._screened(part, pieces, table)
         except ValueError as error:
             raise ModelError(f"{stored} cannot be quantised: {error}; use model.lm_head: 16bit") from error
-        return Int8(PackedInt8.join(packed, self.pages), self.kernels)
+
+    def _head_by(self, path: str) -> str:
+        """What `lm_head: auto` is: a GPU has the bandwidth, and a bias would go unseen."""
+        fits = self.device.type == "cpu" and self.linear(path).bias is None
+        fits = fits and self.inputs(path).width % self.config.group_size == 0
+        return "screened" if fits and self.config.quantization == "int4" else "16bit"
+
+    def _screened(self, part: Part, pieces: Iterator[Tensor], table: Tensor | None) -> Screened:
+        """pieces: of the head's rows, as the files have them."""
+        errors: list[Tensor] = []
+
+        def rounded() -> Iterator[PackedInt4]:
+            for piece in pieces:
+                four = self.kernels.quantize_int4(piece, self.config.group_size, self.config.symmetric)
+                errors.append((four.dequantize() - piece).square_().mean(1).sqrt_())
+                yield self.kernels.pack_int4(four, self.config.activations)
+
+        packed = PackedInt4.join(rounded(), part[1].width, self.pages)
+        weight = self._filled([part]) if table is None else table
+        kept = weight.nbytes if table is None else 0
+        return Screened(Int4(packed, self.kernels), weight, torch.cat(errors), self.kernels, self.comm, kept)
 
     def whole(self, part: Part) -> Product:
         """Of a linear that every rank holds in full, in the model's dtype."""

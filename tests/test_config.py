@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.load import ConfigError, load
-from configs.schema import RunConfig, parse_bytes
+from configs.schema import ModelConfig, RunConfig, parse_bytes
 from configs.table import keys, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,3 +224,13 @@ def test_frozen() -> None:
         config.seed = 1  # type: ignore[misc]
     with pytest.raises(ValidationError):
         config.engine.max_num_seqs = 1  # type: ignore[misc]
+
+
+def test_what_decides_a_result() -> None:
+    """Groups do wherever something is held in four bits, and nowhere else."""
+    model = ModelConfig(target="here", quantization="none")
+    cases = ({}, False), ({"lm_head": "int8"}, False), ({"lm_head": "screened"}, True), ({"quantization": "int4"}, True)
+    for changes, counts in cases:
+        one, other = (model.model_copy(update={"group_size": size, **changes}) for size in (32, 64))
+        assert (one.arithmetic != other.arithmetic) == counts, changes
+    assert model.arithmetic == model.model_copy(update={"lm_head": "16bit"}).arithmetic

@@ -98,7 +98,10 @@ def test_sharding_and_quantising_commute(size: int, seed: int, tmp_path: Path) -
         assert torch.equal(whole([rank[path] for rank in ranks], wanted), wanted), path
 
 
-@pytest.mark.parametrize("changes", [{"quantization": "none"}, {"quantization": "int4", "group_size": 32, "lm_head": "int8"}])
+@pytest.mark.parametrize("changes", [
+    {"quantization": "none"}, {"quantization": "int4", "group_size": 32, "lm_head": "int8"},
+    {"quantization": "none", "group_size": 32, "lm_head": "screened"},
+])  # fmt: skip
 def test_pieces_make_the_whole(changes: dict[str, Any], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     save(make("qwen2", seed, torch.float16), tmp_path)

@@ -109,7 +109,8 @@ def on_ranks(size: int, work: Callable[[Communicator], T]) -> list[T]:
 
 
 def config_of(directory: Path, **changes: Any) -> ModelConfig:
-    return ModelConfig(target=str(directory), **({"quantization": "none"} | changes))
+    """Of 16 bit but for the changes; the head as well, so that all logits can be compared."""
+    return ModelConfig(target=str(directory), **({"quantization": "none", "lm_head": "16bit"} | changes))
 
 
 def ragged(sequences: list[list[int]], rng: random.Random, largest: int) -> list[list[tuple[int, Piece]]]:

@@ -122,6 +122,16 @@ def check_head(
     check_best(x.new_empty(()).expand(len(x), outputs), temperatures, seeds, positions)
 
 
+def check_screen(logits: Tensor, x: Tensor, errors: Tensor, weight: Tensor | None = None) -> None:
+    """Raises ValueError unless the arguments of `floors`, or with a weight of `refine`, fit each other."""
+    _need(logits.dim() == 2 and x.dim() == 2 and len(logits) == len(x), "logits {} aren't of x {}", logits.shape, x.shape)
+    _need(x.dtype in FLOATS and logits.dtype == x.dtype, "logits and x are bfloat16, float16 or float32, and alike")
+    outputs = logits.shape[1]
+    _need(errors.shape == (outputs,) and errors.dtype == torch.float32, "errors must be float32 [{}]", outputs)
+    fits = weight is None or (weight.shape == (outputs, x.shape[1]) and weight.dtype == x.dtype)
+    _need(fits, "the weight doesn't fit logits {} of x {}", logits.shape, x.shape)
+
+
 def check_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     """Raises ValueError unless the arguments of `rms_norm` fit each other."""
     _need(x.dim() == 2 and x.dtype in FLOATS, "x is [M, W] of bfloat16, float16 or float32")

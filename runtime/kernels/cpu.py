@@ -18,12 +18,14 @@ from runtime.kernels.arguments import (
     check_norm,
     check_pack,
     check_rotary,
+    check_screen,
     check_write,
 )
 from runtime.kernels.build import load_extension
 from runtime.kernels.native import NativeLayer, places, product, run_layers, stack  # noqa: F401  whole layers in C++
 from runtime.kernels.packed import PackedInt4, PackedInt8, narrow_scale
 from runtime.kernels.reference_sampling import candidates, cut, masses  # noqa: F401  lists of tokens are torch's
+from runtime.kernels.reference_screen import SIGMAS
 from runtime.noise import SPREAD
 from runtime.quantize.int4 import MIDDLE, NOT_FINITE, Int4Weight
 from runtime.quantize.int8 import Int8Weight
@@ -130,6 +132,19 @@ def head_best(
     check_head(x, weight, temperatures, seeds, positions, reference.ALIGNMENT)
     logits = int8_linear(x, weight) if isinstance(weight, PackedInt8) else dense_linear(x, weight)
     return best_tokens(logits, temperatures, seeds, positions, first)
+
+
+def floors(logits: Tensor, x: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    check_screen(logits, x, errors)
+    reach, floor = _ops.floors(logits.contiguous(), x.contiguous(), errors.contiguous(), SIGMAS)
+    return reach, floor
+
+
+def refine(logits: Tensor, x: Tensor, weight: Tensor, errors: Tensor, reach: Tensor, floor: Tensor) -> None:
+    check_screen(logits, x, errors, weight)
+    if not logits.is_contiguous():
+        raise ValueError("logits must be contiguous")
+    _ops.refine(logits, x.contiguous(), weight.contiguous(), errors.contiguous(), reach.contiguous(), floor.contiguous())
 
 
 def rms_norm(

@@ -22,13 +22,14 @@ from runtime.kernels.folding import exp, fold, tanh, tree
 from runtime.kernels.packed import PackedInt4, PackedInt8
 from runtime.kernels.reference_layer import gated, rms_norm, rotary_write, write_cache
 from runtime.kernels.reference_sampling import best_tokens, candidates, masses
+from runtime.kernels.reference_screen import floors, refine
 from runtime.kernels.rows import MOST, decode, scaled
 from runtime.quantize.int4 import Int4Weight, quantize
 from runtime.quantize.int8 import Int8Weight
 
 __all__ = [
-    "best_tokens", "candidates", "dense_linear", "gated", "head_best", "int4_linear", "int8_linear", "masses",
-    "pack_int4", "pack_int8", "paged_attention", "quantize_int4", "rms_norm", "rotary_write", "write_cache",
+    "best_tokens", "candidates", "dense_linear", "floors", "gated", "head_best", "int4_linear", "int8_linear", "masses",
+    "pack_int4", "pack_int8", "paged_attention", "quantize_int4", "refine", "rms_norm", "rotary_write", "write_cache",
 ]  # fmt: skip
 
 # Rows that a dense product computes at a time, always exactly so many. Libraries choose their kernel, and with it the

@@ -166,6 +166,17 @@ QUASAR_INLINE void transpose(F* x) {
   }
 }
 
+// A bit for each lane of a comparison.
+QUASAR_INLINE uint32_t lanes_of(I x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(__m512i(x), __m512i(x));
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < LANES; ++i) found |= uint32_t(x[i] != 0) << i;
+  return found;
+#endif
+}
+
 // e^x for x <= 0 (and up to 80), within two units in the last place; zero below -87.
 QUASAR_INLINE F exp(F x) {
   F clamped = max(x, splat(-87.0f));
