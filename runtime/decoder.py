@@ -74,7 +74,9 @@ class Decoder:
         x = self.embedding(batch.tokens)
         cos, sin = (angles[0] for angles in self.rotary(x[None], batch.positions[None]))
         x, update = self._through(x, cos, sin, batch, cache)
-        normed, _ = self.norm(self.kernels, x[batch.logits_at], update[batch.logits_at])
+        if len(batch.logits_at) < len(x):
+            x, update = x[batch.logits_at], update[batch.logits_at]
+        normed, _ = self.norm(self.kernels, x, update)
         return normed
 
     def _through(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 // Decoder layers as objects, so that a pass is one call: at one row, calling a layer's operations from Python one by one takes
-// longer than norms, positions and attention do. They are the same functions, and so the same bits. Between the halves of a
+// longer than norms, positions and attention do. They are the same functions, and so the same bits; whoever made a row rounds it
+// for the next product at once, as it lies in his cache. Between the halves of a
 // layer ranks add up what they have: here if they share memory, else a half at a time is called from Python.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
@@ -13,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "codes.h"
 #include "shm.h"
 #include "team.h"
 
@@ -22,6 +24,8 @@ at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, at::IntAr
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                        const std::optional<at::Tensor>& zero, int64_t outputs, int64_t group, bool eight,
                        at::IntArrayRef borders, at::ScalarType dtype);
+at::Tensor int4_codes(const Codes& x, const at::Tensor& weight, const at::Tensor& scale, const std::optional<at::Tensor>& zero,
+                      int64_t outputs, at::IntArrayRef borders, at::ScalarType dtype);
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool early,
                                             const std::optional<at::Tensor>& residual);
 at::Tensor rotary_write(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
@@ -31,6 +35,9 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key_cache,
                            const at::Tensor& tables, const at::Tensor& rows, const at::Tensor& positions, double scale,
                            int64_t window, double soft_cap, const std::optional<at::Tensor>& sinks);
 at::Tensor gated(const at::Tensor& both, bool is_gelu);
+std::tuple<Codes, at::Tensor> norm_codes(const at::Tensor& x, const at::Tensor& weight, double eps, bool early,
+                                         const std::optional<at::Tensor>& residual, int64_t group);
+Codes gated_codes(const at::Tensor& both, bool is_gelu, int64_t group);
 
 namespace {
 
@@ -55,6 +62,14 @@ struct Product : torch::CustomClassHolder {
                                  : dense_linear(x, weight, borders, dtype);
     return bias ? at::add(out, *bias) : out;
   }
+
+  // Whether it takes what it multiplies rounded.
+  bool rounds() const { return scale && eight; }
+
+  at::Tensor operator()(const Codes& x, at::ScalarType dtype) const {
+    const at::Tensor out = int4_codes(x, weight, *scale, zero, outputs, borders, dtype);
+    return bias ? at::add(out, *bias) : out;
+  }
 };
 
 struct Norm : torch::CustomClassHolder {
@@ -63,6 +78,16 @@ struct Norm : torch::CustomClassHolder {
   bool early;
 
   Norm(Given weight, double eps, bool early) : weight(std::move(weight)), eps(eps), early(early) {}
+
+  // x, update [T, W] -> their sum, normed, times `product`; the sum.
+  Both operator()(const at::Tensor& x, const Given& update, const Product& product) const {
+    if (product.rounds()) {
+      const auto [codes, total] = norm_codes(x, *weight, eps, early, update, product.group);
+      return {product(codes, x.scalar_type()), total};
+    }
+    const auto [normed, total] = rms_norm(x, *weight, eps, early, update);
+    return {product(normed, x.scalar_type()), total};
+  }
 };
 
 // Rows of a round where a layer finds them: in the cache by slots, and by tables, rows of these, and positions.
@@ -98,10 +123,10 @@ struct Layer : torch::CustomClassHolder {
                  const Held<Places>& at) const {
     at::Tensor part, total;
     together([&] {
-      at::Tensor normed;
-      std::tie(normed, total) = rms_norm(x, *first->weight, first->eps, first->early, update);
+      at::Tensor all;
+      std::tie(all, total) = (*first)(x, update, *qkv);
       const at::Tensor queries =
-          rotary_write((*qkv)(normed, x.scalar_type()), at->cos, at->sin, query->weight, key->weight, query->eps,
+          rotary_write(all, at->cos, at->sin, query->weight, key->weight, query->eps,
                        query->early, key_cache, value_cache, at->slots, dim);
       const at::Tensor heads = paged_attention(queries, key_cache, value_cache, at->tables, at->rows, at->positions, scale,
                                                window, soft_cap, sinks);
@@ -114,9 +139,10 @@ struct Layer : torch::CustomClassHolder {
   Both mlp(const at::Tensor& x, const at::Tensor& update) const {
     at::Tensor part, total;
     together([&] {
-      at::Tensor normed;
-      std::tie(normed, total) = rms_norm(x, *second->weight, second->eps, second->early, update);
-      part = (*down)(gated((*gate_up)(normed, x.scalar_type()), is_gelu), part_of(x));
+      at::Tensor both;
+      std::tie(both, total) = (*second)(x, update, *gate_up);
+      part = down->rounds() ? (*down)(gated_codes(both, is_gelu, down->group), part_of(x))
+                            : (*down)(gated(both, is_gelu), part_of(x));
     });
     return {part, total};
   }

@@ -173,24 +173,35 @@ void int4_by_16bit(const float* x, int64_t stride, const Packed& w, const Segmen
   });
 }
 
+Packed packed(const at::Tensor& weight, const at::Tensor& scale, const std::optional<at::Tensor>& zero, int64_t outputs,
+              int64_t inputs, int64_t group) {
+  const int64_t tiles = (outputs + TILE4 - 1) / TILE4;
+  TORCH_CHECK(weight.nbytes() == size_t(tiles * inputs * TILE4 / 2), "the packing doesn't fit");
+  TORCH_CHECK(scale.numel() * group == tiles * inputs * TILE4 && group % 8 == 0, "the scales don't fit");
+  return {static_cast<const uint8_t*>(weight.const_data_ptr()), scale.const_data_ptr(), scale.scalar_type() == at::kBFloat16,
+          zero ? static_cast<const uint8_t*>(zero->const_data_ptr()) : nullptr, inputs, group};
+}
+
 }  // namespace
 
-// x [M, K], weight [tiles, K / 8, 32, 4], scale [tiles, K / group, 32] bfloat16 or float32, zero alike or absent.
+// x [M, K] in groups, weight [tiles, K / 8, 32, 4], scale [tiles, K / group, 32] bfloat16 or float32, zero alike or absent.
+at::Tensor int4_codes(const Codes& x, const at::Tensor& weight, const at::Tensor& scale, const std::optional<at::Tensor>& zero,
+                      int64_t outputs, at::IntArrayRef borders, at::ScalarType dtype) {
+  at::Tensor out = at::empty({x.rows, outputs}, weight.options().dtype(dtype));
+  int4_by_int8(x, packed(weight, scale, zero, outputs, x.inputs, x.group), Segments(borders, x.inputs, x.group), out);
+  return out;
+}
+
+// x [M, K] as it is, the rest as above; eight: it is rounded.
 at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                        const std::optional<at::Tensor>& zero, int64_t outputs, int64_t group, bool eight,
                        at::IntArrayRef borders, at::ScalarType dtype) {
-  const int64_t rows = x.size(0), inputs = x.size(1), tiles = (outputs + TILE4 - 1) / TILE4;
-  TORCH_CHECK(x.is_contiguous() && weight.nbytes() == size_t(tiles * inputs * TILE4 / 2), "the packing doesn't fit");
-  TORCH_CHECK(scale.numel() * group == tiles * inputs * TILE4 && group % 8 == 0, "the scales don't fit");
+  TORCH_CHECK(x.is_contiguous(), "rows lie side by side");
+  if (eight) return int4_codes(quantize(x, group), weight, scale, zero, outputs, borders, dtype);
+  const int64_t rows = x.size(0), inputs = x.size(1);
+  const Packed w = packed(weight, scale, zero, outputs, inputs, group);
   const Segments segments(borders, inputs, group);
   at::Tensor out = at::empty({rows, outputs}, x.options().dtype(dtype));
-  const Packed w{static_cast<const uint8_t*>(weight.const_data_ptr()), scale.const_data_ptr(),
-                 scale.scalar_type() == at::kBFloat16,
-                 zero ? static_cast<const uint8_t*>(zero->const_data_ptr()) : nullptr, inputs, group};
-  if (eight) {
-    int4_by_int8(quantize(x, group), w, segments, out);
-    return out;
-  }
   const int64_t stride = spread(inputs * int64_t(sizeof(float))) / int64_t(sizeof(float));
   std::vector<float> wide(rows * stride);
   by_dtype(x.scalar_type(), [&](auto* type) {

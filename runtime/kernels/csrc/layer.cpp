@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "codes.h"
 #include "rows.h"
 #include "simd.h"
 #include "team.h"
@@ -76,20 +77,19 @@ QUASAR_INLINE F silu(F x) { return x * sigmoid(x); }
 // x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), which doesn't cancel where tanh is near -1.
 QUASAR_INLINE F gelu(F x) { return x * sigmoid(splat(1.5957691216f) * fma(splat(0.044715f) * x * x, x, x)); }
 
-}  // namespace
-
-// x, residual [M, W], weight float32 [W] -> ((x + residual) / rms * weight, x + residual).
-std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool early,
-                                            const std::optional<at::Tensor>& residual) {
+// x + residual, each row of which is normed: f(its number, its floats, null of x's type); work: what that is to one norm, about.
+template <class Function>
+at::Tensor norm_rows(const at::Tensor& x, const at::Tensor& weight, double eps, bool early,
+                     const std::optional<at::Tensor>& residual, int64_t work, const Function& f) {
   const int64_t rows = x.size(0), width = x.size(1);
-  at::Tensor out = at::empty_like(x), total = residual ? at::empty_like(x) : x;
+  at::Tensor total = residual ? at::empty_like(x) : x;
   const float* w = weight.const_data_ptr<float>();
   by_dtype(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* more = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
-    auto *to = static_cast<T*>(out.mutable_data_ptr()), *added = more ? static_cast<T*>(total.mutable_data_ptr()) : nullptr;
-    parallel_for(rows, std::max<int64_t>(1, 4096 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    auto* added = more ? static_cast<T*>(total.mutable_data_ptr()) : nullptr;
+    parallel_for(rows, std::max<int64_t>(1, 4096 / std::max<int64_t>(width * work, 1)), [&](int64_t begin, int64_t end) {
       std::vector<float> row(padded(width));
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t d = 0; d < width; d += LANES) {
@@ -102,11 +102,44 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tenso
           store(row.data() + d, v);
         }
         normalize<T>(row.data(), w, width, float(eps), early);
-        for (int64_t d = 0; d < width; d += LANES) store(to + m * width + d, load(row.data() + d), lanes_at(d, width));
+        f(m, row.data(), type);
       }
     });
   });
+  return total;
+}
+
+// to = activation(gate) * up
+template <class T>
+void gate(const T* gates, const T* ups, int64_t width, bool is_gelu, T* to) {
+  for (int64_t d = 0; d < width; d += LANES) {
+    const int n = lanes_at(d, width);
+    const F x = load(gates + d, n);
+    store(to + d, rounded<T>(is_gelu ? gelu(x) : silu(x)) * load(ups + d, n), n);
+  }
+}
+
+}  // namespace
+
+// x, residual [M, W], weight float32 [W] -> ((x + residual) / rms * weight, x + residual).
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool early,
+                                            const std::optional<at::Tensor>& residual) {
+  const int64_t width = x.size(1);
+  at::Tensor out = at::empty_like(x);
+  const at::Tensor total = norm_rows(x, weight, eps, early, residual, 1, [&](int64_t m, const float* row, auto* type) {
+    auto* to = static_cast<decltype(type)>(out.mutable_data_ptr()) + m * width;
+    for (int64_t d = 0; d < width; d += LANES) store(to + d, load(row + d), lanes_at(d, width));
+  });
   return {out, total};
+}
+
+// The same, rounded at once by whoever normed a row.
+std::tuple<Codes, at::Tensor> norm_codes(const at::Tensor& x, const at::Tensor& weight, double eps, bool early,
+                                         const std::optional<at::Tensor>& residual, int64_t group) {
+  Codes codes(x.size(0), x.size(1), group);
+  at::Tensor total =
+      norm_rows(x, weight, eps, early, residual, 2, [&](int64_t m, const float* row, auto*) { codes.put(m, row); });
+  return {std::move(codes), total};
 }
 
 // qkv [T, (H + 2 KV) * D], cos and sin [T, R] -> queries [T, H, D]; keys and values go to the caches' slots.
@@ -165,14 +198,31 @@ at::Tensor gated(const at::Tensor& both, bool is_gelu) {
     auto* to = static_cast<T*>(out.mutable_data_ptr());
     parallel_for(rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m)
-        for (int64_t d = 0; d < width; d += LANES) {
-          const int n = lanes_at(d, width);
-          const F gate = load(from + 2 * m * width + d, n), up = load(from + (2 * m + 1) * width + d, n);
-          store(to + m * width + d, rounded<T>(is_gelu ? gelu(gate) : silu(gate)) * up, n);
-        }
+        gate(from + 2 * m * width, from + (2 * m + 1) * width, width, is_gelu, to + m * width);
     });
   });
   return out;
+}
+
+// The same, rounded at once, a group after the other.
+Codes gated_codes(const at::Tensor& both, bool is_gelu, int64_t group) {
+  const int64_t rows = both.size(0), width = both.size(1) / 2;
+  Codes codes(rows, width, group);
+  const int64_t groups = codes.groups();
+  by_dtype(both.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto* from = static_cast<const T*>(both.const_data_ptr());
+    parallel_for(rows * groups, std::max<int64_t>(1, 1024 / group), [&](int64_t begin, int64_t end) {
+      std::vector<T> one(group);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t m = i / groups, g = i % groups;
+        const T* gates = from + 2 * m * width + g * group;
+        gate(gates, gates + width, group, is_gelu, one.data());
+        codes.put(m, g, one.data());
+      }
+    });
+  });
+  return codes;
 }
 
 }  // namespace quasar

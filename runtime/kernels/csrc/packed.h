@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "codes.h"
 #include "products.h"
 
 namespace quasar {
@@ -31,51 +32,14 @@ inline int64_t amx_step(int64_t rows, int64_t unit) {
   return rows >= AMX_FROM && unit % 32 == 0 && amx_allowed() ? (unit % 64 ? 32 : 64) : 0;
 }
 
-// Activations as bytes.
-struct Codes {
-  std::vector<I> code;        // signed bytes [M, K], and zeros up to whole tiles of AMX
-  std::vector<float> scale;   // [groups, M]
-  std::vector<int32_t> sum;   // [groups, M]
-  int64_t rows, stride;       // M; bytes of a row of codes
-
-  int8_t* at(int64_t row) { return reinterpret_cast<int8_t*>(code.data()) + row * stride; }
-  const int8_t* at(int64_t row) const { return reinterpret_cast<const int8_t*>(code.data()) + row * stride; }
-};
-
-// Rounds rows of activations to signed bytes, each group with a scale of its own.
-template <class T>
-Codes quantize(const T* x, int64_t rows, int64_t inputs, int64_t group) {
-  Codes q;
-  const int64_t groups = group ? inputs / group : 0;
-  q.rows = rows, q.stride = spread(inputs);
-  q.code.resize((rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS * q.stride / sizeof(I));
-  q.scale.resize(rows * groups);
-  q.sum.resize(rows * groups);
-  parallel_for(rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m)
-      for (int64_t g = 0; g < groups; ++g) {
-        const T* from = x + m * inputs + g * group;
-        int8_t* to = q.at(m) + g * group;
-        const Rounding how = Rounding::of(from, group, 127.0f);
-        I total = {};
-        for (int64_t k = 0; k < group; k += LANES) {
-          const int n = int(std::min<int64_t>(LANES, group - k));
-          const I c = how.some ? round_to_int(load(from + k, n) * how.inverse) : I{};
-          total += c;
-          const B b = narrow(c);
-          std::memcpy(to + k, &b, n);
-        }
-        q.sum[g * rows + m] = sum(total);
-        q.scale[g * rows + m] = how.scale;
-      }
-  });
-  return q;
-}
-
 inline Codes quantize(const at::Tensor& x, int64_t group) {
-  Codes q;
+  const int64_t rows = x.size(0), inputs = x.size(1);
+  Codes q(rows, inputs, group);
   by_dtype(x.scalar_type(), [&](auto* type) {
-    q = quantize(static_cast<decltype(type)>(x.data_ptr()), x.size(0), x.size(1), group);
+    const auto* from = static_cast<decltype(type)>(x.data_ptr());
+    parallel_for(rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(inputs, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) q.put(m, from + m * inputs);
+    });
   });
   return q;
 }

@@ -94,10 +94,11 @@ void refine(at::Tensor logits, const at::Tensor& x, const at::Tensor& weight, co
         }
       std::sort(near.begin(), near.end(), [](const Near& a, const Near& b) { return a.token < b.token; });
       for (size_t i = 0; i < near.size(); ++i) {
-        if (i + 1 < near.size() && near[i + 1].token != near[i].token)  // lies anywhere, and is asked for ahead
-          for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(table + near[i + 1].token * width + d);
-        logit[near[i].row * count + near[i].token] =
-            T(product(from + near[i].row * width, table + near[i].token * width, width));
+        const auto [row, token] = near[i];
+        if (i + 1 < near.size() && near[i + 1].token != token)  // lies anywhere, and is asked for ahead
+          for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T)))
+            __builtin_prefetch(table + near[i + 1].token * width + d);
+        logit[row * count + token] = T(product(from + row * width, table + token * width, width));
       }
     });
   });
