@@ -1,7 +1,7 @@
 // Decoder layers as objects, so that a pass is one call: at one row, calling a layer's operations from Python one by one takes
-// longer than norms, positions and attention do. They are the same functions, and so the same bits; whoever made a row rounds it
-// for the next product at once, as it lies in his cache. Between the halves of a
-// layer ranks add up what they have: here if they share memory, else a half at a time is called from Python.
+// longer than norms, positions and attention do. They are the same functions, and so the same bits; but whoever made a row rounds
+// it for the next product at once, while it lies in his cache. Between the halves of a layer ranks add up what they have: here if
+// they share memory, else a half at a time is called from Python.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
