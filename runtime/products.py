@@ -82,7 +82,7 @@ class Products:
         def rounded() -> Iterator[PackedInt4]:
             for piece in pieces:
                 four = self.kernels.quantize_int4(piece, self.config.group_size, self.config.symmetric)
-                errors.append((four.dequantize() - piece).square_().mean(1).sqrt_())
+                errors.append((four.dequantize() - piece.float()).square_().mean(1).sqrt_())
                 yield self.kernels.pack_int4(four, self.config.activations)
 
         packed = PackedInt4.join(rounded(), part[1].width, self.pages)
