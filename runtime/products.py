@@ -77,18 +77,20 @@ class Products:
 
     def _screened(self, part: Part, pieces: Iterator[Tensor], table: Tensor | None) -> Screened:
         """pieces: of the head's rows, as the files have them."""
-        errors: list[Tensor] = []
+        errors = torch.empty(part[1].width, dtype=torch.float32, device=self.device)  # in one, so that no piece leaves a hole
 
         def rounded() -> Iterator[PackedInt4]:
+            start = 0
             for piece in pieces:
                 four = self.kernels.quantize_int4(piece, self.config.group_size, self.config.symmetric)
-                errors.append((four.dequantize() - piece.float()).square_().mean(1).sqrt_())
+                torch.mean((four.dequantize() - piece.float()).square_(), 1, out=errors[start : start + len(piece)])
+                start += len(piece)
                 yield self.kernels.pack_int4(four, self.config.activations)
 
         packed = PackedInt4.join(rounded(), part[1].width, self.pages)
         weight = self._filled([part]) if table is None else table
         kept = weight.nbytes if table is None else 0
-        return Screened(Int4(packed, self.kernels), weight, torch.cat(errors), self.kernels, self.comm, kept)
+        return Screened(Int4(packed, self.kernels), weight, errors.sqrt_(), self.kernels, self.comm, kept)
 
     def whole(self, part: Part) -> Product:
         """Of a linear that every rank holds in full, in the model's dtype."""
