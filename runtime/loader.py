@@ -9,7 +9,6 @@ from functools import partial
 from torch import nn
 from transformers import PreTrainedModel
 
-from runtime.checkpoint import ModelError
 from runtime.comm import Communicator
 from runtime.experts import Experts
 from runtime.layout import Columns, Layout, Rows
@@ -83,8 +82,6 @@ class Loader:
         stored = tied.get(f"{layout.head}.weight", f"{layout.head}.weight")
         head = products.head(layout.head, stored, layout.head_span, table if f"{layout.head}.weight" in tied else None)
         bias = products.bias([layout.head], [layout.head_span])
-        if bias is not None and isinstance(head, Screened):
-            raise ModelError(f"{layout.head} has a bias, which model.lm_head: screened doesn't look at; use int8 or 16bit")
         swaps[layout.embedding] = VocabEmbedding(embedding, layout.embedding_span, self.comm)
         swaps[layout.head] = ColumnParallel(Siblings(head, [layout.head_span.width], bias))
         kept = head.kept if isinstance(head, Screened) else 0

@@ -56,6 +56,8 @@ class Products:
         if path in self.schemes and self.config.quantization == "int4":  # stored quantised, and so it stays
             return self.of([part])
         how = self._head_by(path) if self.config.lm_head == "auto" else self.config.lm_head
+        if how == "screened" and self.linear(path).bias is not None:
+            raise ModelError(f"{path} has a bias, which model.lm_head: screened doesn't look at; use int8 or 16bit")
         if how == "16bit":
             return Dense(self._filled([part]) if table is None else table, self.kernels)
         # From the file's own values.

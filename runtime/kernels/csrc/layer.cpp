@@ -29,8 +29,6 @@ QUASAR_INLINE F rounded(F x) {
   return load(stored);
 }
 
-int lanes_at(int64_t d, int64_t width) { return int(std::min<int64_t>(LANES, width - d)); }
-
 // 1 / the root mean square of `width` floats, which zeros follow up to a whole vector.
 float inverse_rms(const float* x, int64_t width, float eps) {
   F squares = {};

@@ -22,8 +22,6 @@ struct Near {
   int64_t row, token;
 };
 
-int lanes_at(int64_t i, int64_t end) { return int(std::min<int64_t>(LANES, end - i)); }
-
 // In an order that the width alone fixes.
 template <class T>
 float product(const T* x, const T* y, int64_t width) {

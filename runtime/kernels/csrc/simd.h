@@ -108,6 +108,9 @@ QUASAR_INLINE void store(c10::BFloat16* p, F x) {  // to nearest, half to even; 
   H y = narrow(x == x ? rounded : nan);
   std::memcpy(p, &y, sizeof(y));
 }
+// How many lanes from `at` on lie before the end.
+inline int lanes_at(int64_t at, int64_t end) { return int(std::min<int64_t>(LANES, end - at)); }
+
 // The first n of sixteen lanes; the others are read as zero and not written. The arithmetic is the whole vector's.
 template <class T>
 QUASAR_INLINE F load(const T* p, int n) {
