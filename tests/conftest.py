@@ -43,6 +43,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[1, 2])
+def one_or_two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def module(request: pytest.FixtureRequest) -> ModuleType:
     """The kernels in plain torch, and those for a CPU."""

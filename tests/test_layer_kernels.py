@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -16,12 +15,7 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True, params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_or_two_threads")
 
 
 def close(found: Tensor, exact: Tensor, roundings: float) -> None:

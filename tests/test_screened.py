@@ -14,12 +14,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_who_may_win_is_exact(module: ModuleType, threads: int, dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.usefixtures("one_or_two_threads")
+def test_who_may_win_is_exact(module: ModuleType, dtype: torch.dtype, seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     for rows, inputs, tokens in ((1, 32, 1), (7, 96, 37), (3, 160, 5000), (20, 100, 2100)):
         x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(tokens, inputs).to(dtype)
         logits, errors = (3 * torch.randn(rows, tokens)).to(dtype), torch.rand(tokens) * 0.05
@@ -42,7 +40,6 @@ def test_who_may_win_is_exact(module: ModuleType, threads: int, dtype: torch.dty
         assert torch.equal(reach_again, reach[some]) and torch.equal(floor_again, floor[some])
         module.refine(again, x[some], weight, errors, reach_again, floor_again)
         assert torch.equal(again, refined[some])
-    torch.set_num_threads(before)
 
 
 def test_four_bits_err_within_the_reach(module: ModuleType, seed: int) -> None:
