@@ -15,6 +15,10 @@
 namespace quasar {
 
 constexpr int AMX_ROWS = 16;
+constexpr int AMX_FROM = 9;  // rows that are faster as a tile of sixteen than one by one
+
+// Whether the last of these rows, which fill no tile, are multiplied as one.
+inline bool fills_tile(int64_t rows) { return rows % AMX_ROWS >= AMX_FROM; }
 
 #if defined(QUASAR_AMX)
 
@@ -31,18 +35,18 @@ class AmxTiles {
   AmxTiles() : AmxTiles(64) {}
   // 0..3: sums, 4: activations in steps of 32 or 64 inputs of a byte, 5..7: weights.
   explicit AmxTiles(int64_t step) {
-    _tile_storeconfig(before_);
+    asm volatile("sttilecfg %0" : "=m"(before_));  // in GCC's own words it touches eight bytes, and the others may be dropped
     alignas(64) unsigned char config[64] = {};
     config[0] = 1;
     for (int t = 0; t < 8; ++t) {
       config[16 + 2 * t] = t == 4 ? (unsigned char)step : 64;
       config[48 + t] = t >= 5 ? (unsigned char)(step / 4) : AMX_ROWS;
     }
-    _tile_loadconfig(config);
+    asm volatile("ldtilecfg %0" ::"m"(config));
   }
   ~AmxTiles() {
     if (before_[0]) {
-      _tile_loadconfig(before_);
+      asm volatile("ldtilecfg %0" ::"m"(before_));
     } else {
       _tile_release();
     }

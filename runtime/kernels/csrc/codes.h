@@ -13,13 +13,14 @@ namespace quasar {
 struct Codes {
   int64_t rows, inputs, group;  // a group divides the inputs
   int64_t stride;               // bytes of a row of codes
-  std::vector<I> code;          // signed bytes [M, K], and zeros up to whole tiles of AMX
+  std::vector<I> code;          // signed bytes [M, K]; zeros up to a whole tile where one is multiplied
   std::vector<float> scale;     // [groups, M]
   std::vector<int32_t> sum;     // of codes, [groups, M]
 
   Codes(int64_t rows, int64_t inputs, int64_t group)
       : rows(rows), inputs(inputs), group(group), stride(spread(inputs)),
-        code((rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS * stride / sizeof(I)), scale(rows * groups()), sum(rows * groups()) {}
+        code((fills_tile(rows) ? (rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS : rows) * stride / sizeof(I)),
+        scale(rows * groups()), sum(rows * groups()) {}
 
   int64_t groups() const { return group ? inputs / group : 0; }
   int8_t* at(int64_t row) { return reinterpret_cast<int8_t*>(code.data()) + row * stride; }

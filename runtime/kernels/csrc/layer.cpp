@@ -23,10 +23,9 @@ namespace {
 // To the dtype and back.
 template <class T>
 QUASAR_INLINE F rounded(F x) {
-  if constexpr (std::is_same_v<T, float>) return x;
-  T stored[LANES];
-  store(stored, x);
-  return load(stored);
+  if constexpr (std::is_same_v<T, c10::Half>) return from_half(to_half(x));
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return bits<F>(to_bfloat16(x) << 16);
+  return x;
 }
 
 // 1 / the root mean square of `width` floats, which zeros follow up to a whole vector.
@@ -87,7 +86,7 @@ at::Tensor norm_rows(const at::Tensor& x, const at::Tensor& weight, double eps, 
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* more = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
     auto* added = more ? static_cast<T*>(total.mutable_data_ptr()) : nullptr;
-    parallel_for(rows, std::max<int64_t>(1, 4096 / std::max<int64_t>(width * work, 1)), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, std::max<int64_t>(1, 2048 / std::max<int64_t>(width * work, 1)), [&](int64_t begin, int64_t end) {
       std::vector<float> row(padded(width));
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t d = 0; d < width; d += LANES) {

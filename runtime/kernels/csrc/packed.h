@@ -22,10 +22,9 @@ namespace quasar {
 
 constexpr int ROWS = 64;   // of activations, at a time
 constexpr int64_t STACK = ROWS * TILE4;
-constexpr int AMX_FROM = 9;  // rows that are faster as a tile of sixteen than one by one
 
 // How many of the first rows AMX multiplies: what is left over are few.
-inline int64_t amx_rows(int64_t count) { return count % AMX_ROWS >= AMX_FROM ? count : count / AMX_ROWS * AMX_ROWS; }
+inline int64_t amx_rows(int64_t count) { return fills_tile(count) ? count : count / AMX_ROWS * AMX_ROWS; }
 
 // Inputs of a step by AMX, where there are rows enough and its steps divide `unit`; else 0.
 inline int64_t amx_step(int64_t rows, int64_t unit) {

@@ -18,11 +18,8 @@ constexpr int64_t WIDE = 2 * LANES;  // outputs of a dense product at a time
 // Asks for a packed weight some KiB before it is needed. It is read once a pass: AMD's cores bring it past the outer caches, which
 // so keep what comes again, the KV cache and the interpreter. Intel's then have fewer requests under way, and take twice as long.
 QUASAR_INLINE void ask(const uint8_t* weight) {
-#if defined(__CLZERO__)  // AMD's
-  __builtin_prefetch(weight + 8192, 0, 0);
-#else
-  __builtin_prefetch(weight + 4096, 0, 1);
-#endif
+  if constexpr (AMD) __builtin_prefetch(weight + 8192, 0, 0);
+  else __builtin_prefetch(weight + 4096, 0, 1);
 }
 
 // Calls f.template operator()<R>(first row) for R rows at a time.

@@ -25,6 +25,11 @@ typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint8_t B __attribute__((vector_size(16)));
 
+#if defined(__CLZERO__)
+constexpr bool AMD = true;
+#else
+constexpr bool AMD = false;
+#endif
 constexpr int LANES = 16;
 constexpr int TILE4 = 2 * LANES;  // outputs of a tile of four-bit weights
 
@@ -101,11 +106,12 @@ QUASAR_INLINE void store(c10::Half* p, F x) {
   H y = to_half(x);
   std::memcpy(p, &y, sizeof(y));
 }
-QUASAR_INLINE void store(c10::BFloat16* p, F x) {  // to nearest, half to even; a NaN stays one
-  U u = bits<U>(x);
-  U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  U nan = U{} + 0x7fc0u;
-  H y = narrow(x == x ? rounded : nan);
+QUASAR_INLINE U to_bfloat16(F x) {  // to nearest, half to even; a NaN stays one
+  const U u = bits<U>(x), nan = U{} + 0x7fc0u;
+  return x == x ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : nan;
+}
+QUASAR_INLINE void store(c10::BFloat16* p, F x) {
+  const H y = narrow(to_bfloat16(x));
   std::memcpy(p, &y, sizeof(y));
 }
 // How many lanes from `at` on lie before the end.
