@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -49,30 +50,46 @@ class Batch:
     @classmethod
     def build(cls, pieces: Sequence[Piece], block_size: int, device: torch.device | str = "cpu") -> Batch:
         """Lays the pieces out. Raises ValueError for no tokens, too few blocks, or more logits than tokens."""
-        counts = np.array([len(piece.tokens) for piece in pieces], np.int64)
-        starts = np.array([piece.start for piece in pieces], np.int64)
-        wanted = np.array([piece.num_logits for piece in pieces], np.int64)
-        held = np.array([len(piece.blocks) for piece in pieces], np.int64)
-        if not len(pieces) or counts.min() < 1:
-            raise ValueError("a batch has pieces, and every piece has tokens")
-        if starts.min() < 0 or wanted.min() < 0 or (wanted > counts).any():
-            raise ValueError("a piece starts at 0 or later and wants logits of its own tokens only")
-        last = starts + counts - 1
-        if (short := last // block_size >= held).any():
-            bad = int(np.argmax(short))
-            raise ValueError(f"piece {bad} reaches position {last[bad]}, its {held[bad]} blocks of {block_size} don't")
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        logits_at: list[int] = []
+        rows: list[int] = []
+        tables: list[int] = []
+        longest = max((len(piece.blocks) for piece in pieces), default=0)
+        for row, piece in enumerate(pieces):
+            count, start, blocks = len(piece.tokens), piece.start, piece.blocks
+            stop = start + count
+            if count < 1 or start < 0 or not 0 <= piece.num_logits <= count:
+                raise ValueError("a piece has tokens, starts at 0 or later, and wants logits of its own tokens only")
+            if stop > len(blocks) * block_size:
+                raise ValueError(f"piece {row} reaches position {stop - 1}, its {len(blocks)} blocks of {block_size} don't")
+            tokens += piece.tokens
+            positions += range(start, stop)
+            rows += [row] * count
+            logits_at += range(len(tokens) - piece.num_logits, len(tokens))
+            for number in range(start // block_size, (stop - 1) // block_size + 1):
+                first, shift = number * block_size, (blocks[number] - number) * block_size
+                slots += range(max(start, first) + shift, min(stop, first + block_size) + shift)
+            tables += blocks
+            tables += [-1] * (longest - len(blocks))
+        if not tokens:
+            raise ValueError("a batch has pieces")
+        # Two arrays, as each takes a while, on its way to a GPU above all.
+        count = len(tokens)
+        wide = _tensor(np.int64, tokens, positions, slots, logits_at).to(device)
+        narrow = _tensor(np.int32, positions, rows, tables).to(device)
+        return cls(
+            tokens=wide[:count],
+            positions=wide[count : 2 * count],
+            reach=narrow[:count],
+            rows=narrow[count : 2 * count],
+            tables=narrow[2 * count :].view(len(pieces), longest),
+            slots=wide[2 * count : 3 * count],
+            logits_at=wide[3 * count :],
+        )
 
-        ends = np.cumsum(counts)
-        rows = np.repeat(np.arange(len(pieces), dtype=np.int32), counts)
-        tokens = np.fromiter((token for piece in pieces for token in piece.tokens), np.int64, int(ends[-1]))
-        # A token's place in the batch plus its piece's own shift.
-        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-        tables = np.full((len(pieces), held.max()), -1, np.int32)
-        for table, piece in zip(tables, pieces, strict=True):
-            table[: len(piece.blocks)] = piece.blocks
-        slots = tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        firsts = np.cumsum(wanted) - wanted
-        logits_at = np.arange(wanted.sum()) + np.repeat(ends - wanted - firsts, wanted)
 
-        arrays = (tokens, positions, positions.astype(np.int32), rows, tables, slots, logits_at)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+def _tensor(dtype: type[np.integer], *lists: list[int]) -> Tensor:
+    """Lists one behind the other."""
+    return torch.from_numpy(np.fromiter(chain(*lists), dtype, sum(map(len, lists))))

@@ -7,6 +7,7 @@ the layers - embedding, positions, final norm, head - is watched once: every val
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +27,7 @@ from runtime.kernels.packed import PackedInt8
 from runtime.kv_cache import CacheShape, KVCache
 from runtime.layer import FusedLayer, Gated, Norm, Parts, Scoring, learn_activation, learn_norm, match, random_like
 from runtime.linear import ColumnParallel, Dense, Int8
+from runtime.rope import Angles
 from runtime.skeleton import replace
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class Decoder:
     """A whole model of fused layers."""
 
     embedding: nn.Module
-    rotary: nn.Module
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     layers: list[FusedLayer]
     norm: Norm
     head: nn.Module
@@ -67,30 +69,27 @@ class Decoder:
     def stack(self) -> Any:
         """All layers as C++ goes through them by itself, or None where it can't."""
         native = [layer.native for layer in self.layers if layer.sums is not None and layer.sums.through is not None]
-        return self.kernels.stack(native) if len(native) == len(self.layers) and all(native) else None
+        if len(native) < len(self.layers) or not all(native):
+            return None
+        return self.kernels.stack(native, (self.norm.weight, self.norm.eps, self.norm.early))
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """What the head multiplies, [L, W]: the rows that want logits, normed."""
         x = self.embedding(batch.tokens)
         cos, sin = (angles[0] for angles in self.rotary(x[None], batch.positions[None]))
-        x, update = self._through(x, cos, sin, batch, cache)
-        if len(batch.logits_at) < len(x):
-            x, update = x[batch.logits_at], update[batch.logits_at]
-        normed, _ = self.norm(self.kernels, x, update)
-        return normed
-
-    def _through(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """x [T, W] -> x, update after the last layer; their sum is what it gives."""
         if self.stack is not None and x.is_contiguous():
             at = self.kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
             through = self.layers[0].sums.through  # type: ignore[union-attr]
-            x, last = self.kernels.run_layers(self.stack, x, cache.keys, cache.values, at, through)
-            return x, last
+            last: Tensor = self.kernels.run_layers(self.stack, x, cache.keys, cache.values, at, batch.logits_at, through)
+            return last
         update: Tensor | None = None
         for layer in self.layers:
             x, update = layer.step(x, update, cos, sin, batch, cache)
         assert update is not None
-        return x, update
+        if len(batch.logits_at) < len(x):
+            x, update = x[batch.logits_at], update[batch.logits_at]
+        normed, _ = self.norm(self.kernels, x, update)
+        return normed
 
 
 @torch.inference_mode()
@@ -226,7 +225,8 @@ class Trial:
         if norm is None or not self._untouched(layers, norms[0]):
             return None
         assert self.rotary is not None
-        return Decoder(self.embedding, self.rotary, layers, norm, self.head, self.kernels)
+        rotary = Angles(self.rotary) if self.like.device.type == "cpu" else self.rotary
+        return Decoder(self.embedding, rotary, layers, norm, self.head, self.kernels)
 
     def _untouched(self, layers: list[FusedLayer], norm: nn.Module) -> bool:
         """Whether each part is given what the one before it gave, and the head's output is what the model returns."""

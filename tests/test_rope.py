@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from runtime.checkpoint import ModelError
 from runtime.comm import Solo
 from runtime.model import load_model
-from runtime.rope import longest
+from runtime.rope import Angles, longest, settle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,3 +80,22 @@ def test_positions_that_a_config_knows(rope: dict[str, Any], known: int, seed: i
     assert load_model(config_of(tmp_path), Solo(), length=known).max_model_len == known
     with pytest.raises(ModelError, match=rf"engine.max_model_len is {known + 1}, and .* knows {known} positions"):
         on_ranks(1, lambda comm: load_model(config_of(tmp_path), comm, length=known + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_looked_up_angles_are_the_embeddings_own(kind: str, seed: int) -> None:
+    """However far the table had grown before; one of another model, or of half the position, would be seen."""
+    rng = random.Random(seed)
+    model = make("llama", seed, **scaled(kind, 8192))
+    settle(model, 8192)  # as a loaded model is
+    rotary = model.model.rotary_emb
+    for dtype in (torch.float32, torch.bfloat16):
+        x, at_once, growing = torch.zeros(1, 1, 1, dtype=dtype), Angles(rotary), Angles(rotary)
+        for most in (10, 1023, 1024, 5000):
+            positions = torch.tensor([[most, *(rng.randrange(most) for _ in range(20))]])
+            found = growing(x, positions)
+            for mine, whole in zip(found, at_once(x, torch.cat((positions, torch.tensor([[6000]])), 1)), strict=True):
+                assert torch.equal(mine, whole[:, :-1])
+            for mine, theirs in zip(found, rotary(x, positions), strict=True):
+                assert mine.dtype == dtype
+                torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-2)

@@ -62,20 +62,20 @@ class NativeLayer:
         return part, total
 
 
-def stack(layers: Sequence[NativeLayer]) -> Any:
-    """Layers as `run_layers` takes them. Handed over once, as Python takes a while for each."""
-    return _classes.Stack([each.layer for each in layers])
+def stack(layers: Sequence[NativeLayer], norm: Norm) -> Any:
+    """Layers and the norm behind them as `run_layers` takes them. Handed over once, as Python takes a while for each."""
+    return _classes.Stack([each.layer for each in layers], _classes.Norm(*norm))
 
 
 def run_layers(
-    layers: Any, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], at: Any, through: Through
-) -> tuple[Tensor, Tensor]:
-    """All layers of a `stack` in one call: x [T, W] -> x, update, whose sum comes out of the last. Raises PeerLost."""
+    stack: Any, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], at: Any, wanted: Tensor, through: Through
+) -> Tensor:
+    """All layers in one call: x [T, W] -> what comes out of the last, normed, of rows `wanted` [L]. Raises PeerLost."""
     made: list[Tensor] = []
 
     def run(exchange: Any, timeout: float) -> tuple[int, float]:
-        *made[:], state, seconds = _run_layers(layers, x, keys, values, at, exchange, timeout)
+        *made[:], state, seconds = _run_layers(stack, x, keys, values, at, wanted, exchange, timeout)
         return state, seconds
 
     through(run)
-    return made[0], made[1]
+    return made[0]

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/index_select.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -148,24 +149,25 @@ struct Layer : torch::CustomClassHolder {
   }
 };
 
-// The layers of a decoder, handed over once, as a list of them takes a while to unpack with every pass.
+// The layers of a decoder and the norm behind them, handed over once, as a list takes a while to unpack with every pass.
 struct Stack : torch::CustomClassHolder {
   std::vector<c10::intrusive_ptr<Layer>> layers;
+  c10::intrusive_ptr<Norm> last;
 
-  explicit Stack(std::vector<c10::intrusive_ptr<Layer>> layers) : layers(std::move(layers)) {
+  Stack(std::vector<c10::intrusive_ptr<Layer>> layers, c10::intrusive_ptr<Norm> last)
+      : layers(std::move(layers)), last(std::move(last)) {
     TORCH_CHECK(!this->layers.empty(), "a decoder has layers");
   }
 };
 
-// All layers: x [T, W] -> x and update, whose sum comes out of the last; what an exchange came to that failed, or 0; seconds
-// that all exchanges took. Parts are added up by `exchange`, which a rank that is alone doesn't need; a wait for others ends
-// after `timeout` seconds.
-std::tuple<at::Tensor, at::Tensor, int64_t, double> run_layers(const c10::intrusive_ptr<Stack>& stack, at::Tensor x,
-                                                               at::TensorList key_caches,
-                                                               at::TensorList value_caches,
-                                                               const c10::intrusive_ptr<Places>& at,
-                                                               const std::optional<c10::intrusive_ptr<Exchange>>& exchange,
-                                                               double timeout) {
+// All layers: x [T, W] -> what comes out of the last, normed, of rows `wanted` [L]; what an exchange came to that failed, or 0;
+// seconds that all exchanges took. Parts are added up by `exchange`, which a rank that is alone doesn't need; a wait for others
+// ends after `timeout` seconds.
+std::tuple<at::Tensor, int64_t, double> run_layers(const c10::intrusive_ptr<Stack>& stack, at::Tensor x,
+                                                   at::TensorList key_caches, at::TensorList value_caches,
+                                                   const c10::intrusive_ptr<Places>& at, const at::Tensor& wanted,
+                                                   const std::optional<c10::intrusive_ptr<Exchange>>& exchange,
+                                                   double timeout) {
   using Clock = std::chrono::steady_clock;
   int64_t state = 0;
   Clock::duration spent{};
@@ -187,8 +189,15 @@ std::tuple<at::Tensor, at::Tensor, int64_t, double> run_layers(const c10::intrus
       std::tie(update, x) = layer->mlp(x, *update);
       update = summed(*update);
     }
+    if (state) return;
+    if (wanted.size(0) < x.size(0)) {
+      x = at::index_select(x, 0, wanted);
+      update = at::index_select(*update, 0, wanted);
+    }
+    const Norm& last = *stack->last;
+    x = std::get<0>(rms_norm(x, *last.weight, last.eps, last.early, update));
   });
-  return {x, *update, state, std::chrono::duration<double>(spent).count()};
+  return {x, state, std::chrono::duration<double>(spent).count()};
 }
 
 }  // namespace
@@ -212,6 +221,6 @@ TORCH_LIBRARY_FRAGMENT(quasar, m) {
                        double, int64_t, double, Given>())
       .def("attention", &Layer::attention)
       .def("mlp", &Layer::mlp);
-  m.class_<Stack>("Stack").def(torch::init<std::vector<c10::intrusive_ptr<Layer>>>());
+  m.class_<Stack>("Stack").def(torch::init<std::vector<c10::intrusive_ptr<Layer>>, c10::intrusive_ptr<Norm>>());
   m.def("run_layers", &run_layers);
 }
