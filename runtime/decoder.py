@@ -7,7 +7,6 @@ the layers - embedding, positions, final norm, head - is watched once: every val
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -46,7 +45,7 @@ class Decoder:
     """A whole model of fused layers."""
 
     embedding: nn.Module
-    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    angles: Angles
     layers: list[FusedLayer]
     norm: Norm
     head: nn.Module
@@ -76,7 +75,7 @@ class Decoder:
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """What the head multiplies, [L, W]: the rows that want logits, normed."""
         x = self.embedding(batch.tokens)
-        cos, sin = (angles[0] for angles in self.rotary(x[None], batch.positions[None]))
+        cos, sin = self.angles(x, batch.positions, batch.tables.shape[1] * cache.block_size)
         if self.stack is not None and x.is_contiguous():
             at = self.kernels.places(cos, sin, batch.slots, batch.tables, batch.rows, batch.reach)
             through = self.layers[0].sums.through  # type: ignore[union-attr]
@@ -225,8 +224,7 @@ class Trial:
         if norm is None or not self._untouched(layers, norms[0]):
             return None
         assert self.rotary is not None
-        rotary = Angles(self.rotary) if self.like.device.type == "cpu" else self.rotary
-        return Decoder(self.embedding, rotary, layers, norm, self.head, self.kernels)
+        return Decoder(self.embedding, Angles(self.rotary), layers, norm, self.head, self.kernels)
 
     def _untouched(self, layers: list[FusedLayer], norm: nn.Module) -> bool:
         """Whether each part is given what the one before it gave, and the head's output is what the model returns."""

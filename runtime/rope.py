@@ -22,23 +22,29 @@ CHUNK = 1024  # positions whose angles are computed at a time
 
 
 class Angles:
-    """A rotary embedding on a CPU as a table, which saves a pass of a few rows the dozen operations that make angles.
+    """A rotary embedding, on a CPU as a table, which saves a pass of a few rows the dozen operations that make angles.
 
-    It grows with the positions that are asked for. A chunk always begins and ends at the same positions, as torch may round
-    the last elements of a tensor otherwise than the rest.
+    The table grows with the positions there may be. A chunk always begins and ends at the same positions, as torch may round
+    the last elements of a tensor otherwise than the rest. A GPU has none: a graph would go on reading one that has grown since.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
         self._rotary = rotary
         self._cos, self._sin = torch.empty(0), torch.empty(0)
 
-    def __call__(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """x, whose dtype counts, positions int64 [1, T] -> cos, sin [1, T, R], of that dtype."""
-        if (last := int(positions.max())) >= len(self._cos):
-            size = -(-max(last + 1, 2 * len(self._cos)) // CHUNK) * CHUNK
-            chunks = [self._rotary(x, chunk[None]) for chunk in torch.arange(size).split(CHUNK)]
-            self._cos, self._sin = (torch.cat(parts, 1)[0] for parts in zip(*chunks, strict=True))
+    def __call__(self, x: Tensor, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """x [T, W], whose dtype counts, positions int64 [T], all below `limit` -> cos, sin [T, R], of that dtype."""
+        if x.device.type != "cpu":
+            return self._computed(x, positions)
+        if limit > len(self._cos):
+            size = -(-max(limit, 2 * len(self._cos)) // CHUNK) * CHUNK
+            chunks = [self._computed(x, chunk) for chunk in torch.arange(size).split(CHUNK)]
+            self._cos, self._sin = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         return self._cos[positions], self._sin[positions]
+
+    def _computed(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary(x[None], positions[None])
+        return cos[0], sin[0]
 
 
 def longest(config: PretrainedConfig) -> int:

@@ -90,12 +90,11 @@ def test_looked_up_angles_are_the_embeddings_own(kind: str, seed: int) -> None:
     settle(model, 8192)  # as a loaded model is
     rotary = model.model.rotary_emb
     for dtype in (torch.float32, torch.bfloat16):
-        x, at_once, growing = torch.zeros(1, 1, 1, dtype=dtype), Angles(rotary), Angles(rotary)
-        for most in (10, 1023, 1024, 5000):
-            positions = torch.tensor([[most, *(rng.randrange(most) for _ in range(20))]])
-            found = growing(x, positions)
-            for mine, whole in zip(found, at_once(x, torch.cat((positions, torch.tensor([[6000]])), 1)), strict=True):
-                assert torch.equal(mine, whole[:, :-1])
-            for mine, theirs in zip(found, rotary(x, positions), strict=True):
+        x, at_once, growing = torch.zeros(1, 1, dtype=dtype), Angles(rotary), Angles(rotary)
+        for limit in (10, 1023, 1025, 5000):
+            positions = torch.tensor([limit - 1, *(rng.randrange(limit) for _ in range(20))])
+            found = growing(x, positions, limit)
+            assert all(map(torch.equal, found, at_once(x, positions, 6000)))
+            for mine, theirs in zip(found, rotary(x[None], positions[None]), strict=True):
                 assert mine.dtype == dtype
-                torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-2)
+                torch.testing.assert_close(mine, theirs[0], rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-2)
