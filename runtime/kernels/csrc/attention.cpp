@@ -2,8 +2,8 @@
 //
 // A task is a run of rows of one sequence with one head of keys, and goes through context in pieces of 64 keys, which serve
 // every row and every query head that shares them. A row's own order of operations is fixed: products of a score in order of
-// the dimension, in pairs where the CPU multiplies pairs of bfloat16, pieces from the first to the last, keys within a piece
-// from the first to the last. Keys are turned, so that sixteen scores are computed side by side, four bytes at a time whatever
+// the dimension, in pairs where that is faster (`in_pairs`), pieces from the first to the last, keys within a piece from the
+// first to the last. Keys are turned, so that sixteen scores are computed side by side, four bytes at a time whatever
 // they hold; `rows.h` has the layout of a row.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
