@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
+
+ALIGNED = 4  # numbers, of four bytes or eight
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +76,27 @@ class Batch:
             tables += [-1] * (longest - len(blocks))
         if not tokens:
             raise ValueError("a batch has pieces")
-        # Two arrays, as each takes a while, on its way to a GPU above all.
-        count = len(tokens)
-        wide = _tensor(np.int64, tokens, positions, slots, logits_at).to(device)
-        narrow = _tensor(np.int32, positions, rows, tables).to(device)
+        wide = _tensors(np.int64, device, tokens, positions, slots, logits_at)
+        narrow = _tensors(np.int32, device, positions, rows, tables)
         return cls(
-            tokens=wide[:count],
-            positions=wide[count : 2 * count],
-            reach=narrow[:count],
-            rows=narrow[count : 2 * count],
-            tables=narrow[2 * count :].view(len(pieces), longest),
-            slots=wide[2 * count : 3 * count],
-            logits_at=wide[3 * count :],
+            tokens=wide[0],
+            positions=wide[1],
+            reach=narrow[0],
+            rows=narrow[1],
+            tables=narrow[2].view(len(pieces), longest),
+            slots=wide[2],
+            logits_at=wide[3],
         )
 
 
-def _tensor(dtype: type[np.integer], *lists: list[int]) -> Tensor:
-    """Lists one behind the other."""
-    return torch.from_numpy(np.fromiter(chain(*lists), dtype, sum(map(len, lists))))
+def _tensors(dtype: type[np.integer], device: torch.device | str, *lists: list[int]) -> list[Tensor]:
+    """Lists as tensors on a device that share one array, as each array takes a while, on its way to a GPU above all. Each
+    begins at a multiple of 16 bytes, which a GPU's kernels are compiled for."""
+    numbers: list[int] = []
+    starts = []
+    for each in lists:
+        starts.append(len(numbers))
+        numbers += each
+        numbers += [0] * (-len(each) % ALIGNED)
+    whole = torch.from_numpy(np.fromiter(numbers, dtype, len(numbers))).to(device)
+    return [whole[start : start + len(each)] for start, each in zip(starts, lists, strict=True)]

@@ -1,12 +1,17 @@
 """What a forward pass is told, and where it puts keys and values."""
 
 import random
+from dataclasses import fields
 
 import pytest
 import torch
 
 from runtime.batch import Batch, Piece
 from runtime.kv_cache import CacheShape, KVCache
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    return [getattr(batch, field.name) for field in fields(batch)]
 
 
 def test_two_pieces_by_hand() -> None:
@@ -33,6 +38,7 @@ def test_against_plain_loops(seed: int) -> None:
             blocks = [free.pop() for _ in range(-(-(start + count) // size) + rng.randint(0, 1))]
             pieces.append(Piece([rng.randrange(1000) for _ in range(count)], start, blocks, rng.randint(0, count)))
         batch = Batch.build(pieces, size)
+        assert all(x.storage_offset() * x.itemsize % 16 == 0 and x.is_contiguous() for x in tensors(batch))
         rows, wanted = [], []
         for index, piece in enumerate(pieces):
             for place, token in enumerate(piece.tokens):

@@ -17,8 +17,8 @@ struct Scratch {
   std::vector<int> low, high;
 };
 
-// Whether queries and keys are multiplied in pairs; queries then lie in pairs as well. In the two cycles that a vector of pairs takes
-// Intel's cores, they multiply four of single numbers.
+// Whether queries and keys are multiplied in pairs; queries then lie in pairs as well. In the time of a vector of pairs Intel's
+// cores multiply four of single numbers.
 template <class C>
 constexpr bool in_pairs = HAS_PAIRS && AMD && std::is_same_v<C, c10::BFloat16>;
 

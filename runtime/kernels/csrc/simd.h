@@ -25,7 +25,7 @@ typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint8_t B __attribute__((vector_size(16)));
 
-#if defined(__CLZERO__)
+#if defined(__CLZERO__)  // an instruction that no one else's have
 constexpr bool AMD = true;
 #else
 constexpr bool AMD = false;
