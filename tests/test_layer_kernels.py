@@ -14,7 +14,6 @@ from runtime.kernels.rows import EIGHT_BITS, cache_width, encode
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-
 pytestmark = pytest.mark.usefixtures("one_or_two_threads")
 
 

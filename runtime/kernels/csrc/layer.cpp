@@ -86,7 +86,7 @@ at::Tensor norm_rows(const at::Tensor& x, const at::Tensor& weight, double eps, 
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* more = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
     auto* added = more ? static_cast<T*>(total.mutable_data_ptr()) : nullptr;
-    parallel_for(rows, std::max<int64_t>(1, 2048 / std::max<int64_t>(width * work, 1)), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, std::max<int64_t>(1, 4096 / std::max<int64_t>(width * work, 1)), [&](int64_t begin, int64_t end) {
       std::vector<float> row(padded(width));
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t d = 0; d < width; d += LANES) {
